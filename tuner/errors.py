@@ -1,0 +1,55 @@
+"""The errors a person can cause, each one clear line.
+
+The command line prints the message of a `TunerError` and exits with code 2, without a traceback (`HYDRA_FULL_ERROR=1`
+shows it). Everything else that is raised is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class TunerError(Exception):
+    """Base of all errors whose cause is the input and not the program."""
+
+
+class ConfigError(TunerError):
+    """One or more problems of a configuration, all found in one pass.
+
+    Args:
+        problems: one sentence each, naming the key, the value and the valid choices.
+    """
+
+    def __init__(self, problems: str | Iterable[str]) -> None:
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        super().__init__("\n".join(self.problems))
+
+
+class DataError(TunerError):
+    """A dataset that cannot be read, with the file and the line number where there is one."""
+
+
+class ModelError(TunerError):
+    """A model folder or weight file that cannot be loaded, or a model that cannot do what is asked of it."""
+
+
+class CheckpointError(TunerError):
+    """A checkpoint that cannot be written (no room) or read (damaged, or of another run)."""
+
+
+class Interrupted(TunerError):
+    """A run that was asked to stop and has saved its state."""
+
+
+def nearest(name: str, choices: Iterable[str]) -> str:
+    """A hint of the form `did you mean a or b? valid: a, b, c`, the close matches first.
+
+    Args:
+        name: what was given.
+        choices: every name that would have been valid.
+    """
+    valid = sorted(str(choice) for choice in choices)
+    close = difflib.get_close_matches(name, valid, n=3, cutoff=0.6)
+    hint = f"did you mean {' or '.join(close)}? " if close else ""
+    return f"{hint}valid: {', '.join(valid)}"

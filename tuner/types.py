@@ -1,0 +1,230 @@
+"""What the parts of a run agree on: protocols, small records and the number types of configuration keys.
+
+Components import this module and `tuner.errors`, never each other; `tuner.build` and `tuner.train` put them together.
+Importing it costs nothing: torch is named in annotations only.
+
+Shape letters, used in names and docstrings everywhere: B batch, T tokens of a sequence, N trained tokens, D hidden size,
+V vocabulary size, H query heads, K key/value heads, E size of a head, R rank of an adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Protocol, TypedDict, runtime_checkable
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+IGNORE = -100
+"""The label of a position whose token is not trained on."""
+
+# Number types of configuration keys. The text is the bound that `tuner.config` enforces and prints.
+PositiveInt = Annotated[int, "> 0"]
+NonNegativeInt = Annotated[int, ">= 0"]
+PositiveFloat = Annotated[float, "> 0"]
+NonNegativeFloat = Annotated[float, ">= 0"]
+Fraction = Annotated[float, ">= 0", "< 1"]
+
+
+class Message(TypedDict):
+    """One turn of a conversation; `role` is system, user, assistant or tool."""
+
+    role: str
+    content: str
+
+
+class Tokenizer(Protocol):
+    """Text to token ids and back, as the model's own tokenizer does it."""
+
+    vocab_size: int
+    eos_id: int
+    pad_id: int
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`, nothing added."""
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """Text of `ids`."""
+
+    def render_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+        """The conversation as the model's chat template writes it."""
+
+    def apply_chat_template(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> list[int]:
+        """Ids of the rendered conversation."""
+
+    def encode_chat(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
+        """Ids of the rendered conversation and, for each, whether an assistant wrote it (its end token included)."""
+
+    def save(self, folder: Path) -> None:
+        """Write the files a Hugging Face folder holds for its tokenizer."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One training example: `labels[i]` is `tokens[i]` where that token is trained on and `IGNORE` elsewhere."""
+
+    tokens: Sequence[int]
+    labels: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """A validation example as text, for the generations a person compares: what is asked and the true reply."""
+
+    messages: Sequence[Message]
+    reply: str
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Tokenized training and validation examples and what was found on the way.
+
+    Attributes:
+        train: examples to train on, in the source's order (the loop shuffles by seed and epoch).
+        validation: examples that are never trained on.
+        dialogues: a few validation examples as text.
+        fingerprint: hex digest of everything the examples are made of; equal in every process.
+        counts: `truncated`, `dropped`, `duplicates`, ... as far as they apply.
+        name: what it is called in logs.
+    """
+
+    train: Sequence[Sample]
+    validation: Sequence[Sample]
+    dialogues: Sequence[Dialogue]
+    fingerprint: str
+    counts: Mapping[str, int]
+    name: str
+
+
+class DataSource(Protocol):
+    """A member of the `data` group."""
+
+    def load(self, tokenizer: Tokenizer) -> Dataset:
+        """Read and tokenize everything.
+
+        Raises:
+            DataError: naming the file and the line.
+        """
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Right-padded examples: `tokens` and `labels` are int64 [B, T]."""
+
+    tokens: Tensor
+    labels: Tensor
+
+    @property
+    def num_trained(self) -> int:
+        """Labels that count: those a prediction exists for, so not the first position."""
+        return int((self.labels[:, 1:] != IGNORE).sum())
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(self.tokens.to(device, non_blocking=True), self.labels.to(device, non_blocking=True))
+
+
+@runtime_checkable
+class FrozenLinear(Protocol):
+    """A linear layer whose weight is stored in another form than a dense matrix."""
+
+    in_features: int
+    out_features: int
+    bias: Tensor | None
+
+    def dense_weight(self) -> Tensor:
+        """The weight [out_features, in_features] in the compute dtype, made anew at each call."""
+
+
+class Quantization(Protocol):
+    """A member of the `quantization` group."""
+
+    name: str
+
+    def quantize(self, model: nn.Module) -> None:
+        """Replace the linear layers of `model` in place; their weights become frozen packed parameters."""
+
+
+class Peft(Protocol):
+    """A member of the `peft` group."""
+
+    name: str
+
+    def adapt(self, model: nn.Module) -> None:
+        """Freeze and add what is to train, in place; afterwards exactly that has `requires_grad`."""
+
+
+@dataclass(frozen=True)
+class Precision:
+    """What a run computes in and what its trainable parameters are kept in.
+
+    Attributes:
+        name: `fp32`, `bf16`.
+        compute: dtype of weights and activations, as `torch.dtype`'s name: `float32`, `bfloat16`.
+        trainable: `auto`, `bf16` or `fp32`: the dtype trainable parameters are held in.
+    """
+
+    name: str
+    compute: str
+    trainable: str = "auto"
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What a logger is told once, at the start.
+
+    Attributes:
+        out: the run folder (absolute).
+        config: the resolved configuration as nested plain containers.
+        overrides: the command-line words it was composed from.
+        dataset: name, fingerprint and counts of the data.
+        resumed: whether this process continues an earlier one in the same folder.
+    """
+
+    out: Path
+    config: Mapping[str, Any]
+    overrides: Sequence[str]
+    dataset: Mapping[str, Any]
+    resumed: bool = False
+
+
+class Logger(Protocol):
+    """A member of the `logger` group: start, then log and artifact, then close, in this order.
+
+    No method raises because a backend is slow or away: training goes on, and the reason is said once through
+    `warnings.warn`. Calls return at once; slow work is done behind the training steps.
+    """
+
+    def start(self, run: RunInfo) -> None: ...
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def artifact(self, path: Path) -> None:
+        """Keep a file or folder of the run folder with the run."""
+
+    def close(self, status: str, summary: Mapping[str, Any]) -> dict[str, Any]:
+        """Flush and end with `finished`, `stopped` or `failed`; returns facts for the summary, as `mlflow_run_id`."""
+
+
+@dataclass
+class Summary:
+    """`summary.json` as a record; see the README for the meaning and the unit of each field."""
+
+    status: str
+    objective: float | None = None
+    val_loss_before: float | None = None
+    val_loss: float | None = None
+    train_loss: float | None = None
+    steps: int = 0
+    tokens: int = 0
+    tokens_per_s: float | None = None
+    peak_memory_mib: float | None = None
+    trainable_params: int = 0
+    total_params: int = 0
+    seconds: float = 0.0
+    mlflow_run_id: str | None = None
+    out: str = ""
+    reason: str | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
