@@ -1,0 +1,27 @@
+"""Stochastic gradient descent of PyTorch, with momentum (Sutskever et al. 2013)."""
+
+from __future__ import annotations
+
+import torch
+from torch.optim.optimizer import ParamsT
+
+from tuner.errors import ConfigError
+from tuner.types import Fraction, NonNegativeFloat, PositiveFloat
+
+
+def sgd(
+    params: ParamsT,
+    lr: PositiveFloat,
+    momentum: Fraction,
+    nesterov: bool,
+    weight_decay: NonNegativeFloat,
+    fused: bool,
+) -> torch.optim.SGD:
+    """`torch.optim.SGD`; its state is one tensor of each parameter's shape and dtype, none without momentum.
+
+    Raises:
+        ConfigError: if `nesterov` is asked for without momentum.
+    """
+    if nesterov and momentum == 0.0:
+        raise ConfigError("optimizer.nesterov=true needs momentum: set optimizer.momentum above 0, as 0.9")
+    return torch.optim.SGD(params, lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay, fused=fused)

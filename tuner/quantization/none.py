@@ -1,0 +1,14 @@
+"""No quantization: linear layers keep their weights as they were loaded."""
+
+from __future__ import annotations
+
+from torch import nn
+
+
+class NoQuantization:
+    """Leaves the model as it is."""
+
+    name = "none"
+
+    def quantize(self, model: nn.Module) -> None:
+        """Nothing to do."""
