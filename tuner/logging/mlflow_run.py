@@ -1,0 +1,345 @@
+"""One MLflow run as a place to write a run folder to, shared by the live logger and by `sync`.
+
+Everything goes through `MlflowClient` with ids said explicitly: MLflow's fluent interface keeps an active run in global
+state, which two runs in one process would share. Writing twice is harmless: params, metrics and datasets that the
+store holds already are left out, so a resumed run and a replay continue what is there.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import posixpath
+import re
+import sqlite3
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tuner.logging.disk import SUMMARY, Row, json_text, write_json
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+RECORD = "mlflow.json"
+STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
+MAX_VALUE_CHARACTERS = 6000
+_PARAMS_A_BATCH = 100
+_METRICS_A_BATCH = 1000
+_MAX_KEY_CHARACTERS = 250
+_MAX_DIGEST_CHARACTERS = 36
+_MIGRATION_S = 300.0
+"""How long to wait for another process that is creating the store (its migrations take seconds, more on a network)."""
+
+_CHATTY = ("mlflow", "alembic", "sqlalchemy.engine", "urllib3.connectionpool")
+
+
+@dataclass(frozen=True)
+class MlflowRecord:
+    """`mlflow.json` of a run folder: where the run is in MLflow, so that it is continued and not made anew.
+
+    Attributes:
+        run_id: null until the store has been reached.
+        complete: whether the store is known to hold everything, the end included.
+    """
+
+    tracking_uri: str
+    experiment: str
+    run_id: str | None
+    complete: bool
+
+    @classmethod
+    def read(cls, out: Path) -> MlflowRecord | None:
+        """The record of a run folder, if it has one."""
+        path = out / RECORD
+        return cls(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+
+    def write(self, out: Path) -> None:
+        write_json(out / RECORD, asdict(self))
+
+
+class MlflowRun:
+    """An open run in an MLflow store.
+
+    Args:
+        out: the run folder; its `mlflow.json` says which run to continue, if the store is the same and still has it.
+        run_name: null for the name of the run folder.
+        tags, parent_run_id: given to a new run.
+        connect_timeout_s: how long one answer of a server may take.
+        start_s: when a new run began, in seconds since the epoch; null for now.
+
+    Raises:
+        Exception: of many kinds, where the store cannot be reached.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        tracking_uri: str,
+        experiment: str,
+        run_name: str | None,
+        tags: Mapping[str, str],
+        parent_run_id: str | None,
+        connect_timeout_s: float,
+        start_s: float | None = None,
+    ) -> None:
+        self.out = out
+        self.tracking_uri = tracking_uri
+        self.experiment = experiment
+        self._timeout_s = connect_timeout_s
+        with self._patient():
+            self.client, experiment_id = _open_store(tracking_uri, experiment, connect_timeout_s)
+            known = self._known_run()
+            self.run_id = known or self._new_run(experiment_id, run_name or out.name, tags, parent_run_id, start_s)
+            self.record(complete=False)
+            run = self.client.get_run(self.run_id)
+            self._params: dict[str, str] = dict(run.data.params)
+            self._points = {key: self._history(key) for key in run.data.metrics}
+            if run.info.status != "RUNNING":
+                self.client.update_run(self.run_id, status="RUNNING")
+
+    def params(self, config: Mapping[str, Any]) -> None:
+        """The resolved config, flat with dots; MLflow's params never change: a new value becomes a `resumed.` tag."""
+        from mlflow.entities import Param, RunTag
+
+        flat = flatten(config)
+        new = [Param(key, value) for key, value in flat.items() if key not in self._params]
+        changed = {key: value for key, value in flat.items() if self._params.get(key, value) != value}
+        with self._patient():
+            for params in _batches(new, _PARAMS_A_BATCH):
+                self.client.log_batch(self.run_id, params=params)
+            for tags in _batches([RunTag(f"resumed.{key}", value) for key, value in changed.items()], _PARAMS_A_BATCH):
+                self.client.log_batch(self.run_id, tags=tags)
+        self._params = {**flat, **self._params}
+
+    def dataset(self, dataset: Mapping[str, Any]) -> None:
+        """The data as MLflow's dataset input; its digest holds the first 36 characters of the fingerprint."""
+        from mlflow.entities import Dataset, DatasetInput
+
+        entry = Dataset(
+            name=str(dataset["name"]),
+            digest=str(dataset["fingerprint"])[:_MAX_DIGEST_CHARACTERS],
+            source_type="tuner",
+            source=json.dumps({"name": dataset["name"]}),
+            profile=json.dumps(dict(dataset), default=str),
+        )
+        with self._patient():
+            self.client.log_inputs(self.run_id, datasets=[DatasetInput(dataset=entry, tags=[])])
+
+    def metrics(self, rows: Iterable[Row]) -> int:
+        """Send what the run does not hold yet; returns how many points that were."""
+        from mlflow.entities import Metric
+
+        points = [
+            (sanitise(key), float(value), row)
+            for row in rows
+            for key, value in row.metrics.items()
+            if value is not None
+        ]
+        new = [
+            (key, value, row) for key, value, row in points if _point(row.step, value) not in self._points.get(key, ())
+        ]
+        with self._patient():
+            for batch in _batches(new, _METRICS_A_BATCH):
+                metrics = [Metric(key, value, int(row.time * 1000), row.step) for key, value, row in batch]
+                self.client.log_batch(self.run_id, metrics=metrics)
+        return len(new)
+
+    def artifact(self, path: Path) -> None:
+        """Copy a file or folder under the same path as in the run folder (one from elsewhere: under its name)."""
+        place = path.relative_to(self.out) if path.is_relative_to(self.out) else Path(path.name)
+        if path.is_dir():
+            self.client.log_artifacts(self.run_id, str(path), str(place.as_posix()))
+        else:
+            parent = place.parent.as_posix()
+            self.client.log_artifact(self.run_id, str(path), None if parent == "." else parent)
+
+    def end(self, status: str, summary: Mapping[str, Any], complete: bool, end_s: float | None = None) -> None:
+        """Log the summary's numbers as metrics and its words as tags, set the true status, keep `summary.json`."""
+        numbers = {key: value for key, value in summary.items() if _is_number(value)}
+        words = {key: value for key, value in summary.items() if isinstance(value, str)}
+        self.metrics([Row(int(summary.get("steps", 0)), end_s or time.time(), numbers)])
+        with self._patient():
+            for key, value in words.items():
+                self.client.set_tag(self.run_id, sanitise(key), value[:MAX_VALUE_CHARACTERS])
+            self.client.set_terminated(self.run_id, STATUS[status], None if end_s is None else int(end_s * 1000))
+        self.client.log_text(self.run_id, json_text({**summary, "mlflow_run_id": self.run_id}), SUMMARY)
+        self.record(complete)
+
+    def record(self, complete: bool) -> None:
+        """Write `mlflow.json`."""
+        MlflowRecord(self.tracking_uri, self.experiment, self.run_id, complete).write(self.out)
+
+    def _known_run(self) -> str | None:
+        from mlflow.exceptions import MlflowException
+
+        record = MlflowRecord.read(self.out)
+        if record is None or record.run_id is None or record.tracking_uri != self.tracking_uri:
+            return None
+        try:
+            run = self.client.get_run(record.run_id)
+        except MlflowException as problem:
+            if problem.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return None  # the store was made anew since
+            raise
+        return record.run_id if run.info.lifecycle_stage == "active" else None
+
+    def _new_run(
+        self, experiment_id: str, name: str, tags: Mapping[str, str], parent_run_id: str | None, start_s: float | None
+    ) -> str:
+        own = {"tuner.out": str(self.out)}
+        if parent_run_id is not None:
+            own["mlflow.parentRunId"] = parent_run_id
+        start_ms = None if start_s is None else int(start_s * 1000)
+        run = self.client.create_run(experiment_id, start_time=start_ms, tags={**own, **tags}, run_name=name)
+        return str(run.info.run_id)
+
+    def _history(self, key: str) -> set[tuple[int, float | None]]:
+        return {_point(point.step, point.value) for point in self.client.get_metric_history(self.run_id, key)}
+
+    def _patient(self) -> Any:
+        return _environment(
+            MLFLOW_HTTP_REQUEST_TIMEOUT=str(max(1, math.ceil(self._timeout_s))),
+            MLFLOW_HTTP_REQUEST_MAX_RETRIES="0",
+            MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT="true",
+        )
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested containers as `a.b.c -> text`; keys as MLflow takes them, values of at most 6,000 characters."""
+    flat: dict[str, str] = {}
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value:
+            flat.update(flatten(value, f"{name}."))
+        else:
+            flat[_free(sanitise(name), flat)] = str(value)[:MAX_VALUE_CHARACTERS]
+    return flat
+
+
+def sanitise(key: str) -> str:
+    """`key` with what MLflow refuses (`+`, `@`, `//`, a leading `/`, too long a name) made acceptable."""
+    words = re.sub(r"[^\w\-. :/]", "_", key).lstrip("/")
+    path = posixpath.normpath(words)
+    return ("_" + path if path.startswith(".") else path)[:_MAX_KEY_CHARACTERS]
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """Keep what MLflow and the libraries under it log off the terminal; every failure reaches us as an exception."""
+    with _environment(MLFLOW_DISABLE_TELEMETRY="true"):  # fine-tuning a model calls nobody; a user's own setting wins
+        import mlflow  # noqa: F401  # sets the handlers that are silenced here
+
+    loggers = [logging.getLogger(name) for name in _CHATTY]
+    places: list[logging.Filterer] = [*loggers, *(handler for logger in loggers for handler in logger.handlers)]
+    for place in places:
+        place.addFilter(_nothing)
+    try:
+        yield
+    finally:
+        for place in places:
+            place.removeFilter(_nothing)
+
+
+def sqlite_file(tracking_uri: str) -> Path | None:
+    """The file of a `sqlite:///` address; null for any other store, and for one in memory."""
+    found = re.fullmatch(r"sqlite:///([^?]+)(\?.*)?", tracking_uri)
+    return Path(found[1]) if found and found[1] != ":memory:" else None
+
+
+def without_password(tracking_uri: str) -> str:
+    """The address as it may be shown."""
+    return re.sub(r"//[^/@]*@", "//***@", tracking_uri)
+
+
+def _open_store(tracking_uri: str, experiment: str, timeout_s: float) -> tuple[MlflowClient, str]:
+    """A client and the id of the experiment, made if it is not there.
+
+    A fresh SQLite store that several processes open at once crashes some of them in its migrations, so the file is
+    opened under a lock next to it. Its artifacts lie next to it as well, not in the folder a process happens to be in.
+    """
+    from filelock import FileLock
+    from mlflow import MlflowClient
+
+    file = sqlite_file(tracking_uri)
+    location = None
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        location = (file.resolve().parent / "mlartifacts" / re.sub(r"[^\w\-.]", "_", experiment)).as_uri()
+    with nullcontext() if file is None else FileLock(f"{file}.lock", timeout=_MIGRATION_S):
+        if file is not None:
+            _check_writable(file, timeout_s)
+        client = MlflowClient(tracking_uri)
+        return client, _experiment_id(client, experiment, location)
+
+
+def _check_writable(file: Path, timeout_s: float) -> None:
+    """Fail at once and with SQLite's own words; MLflow would try a bad file ten times over a minute and a half."""
+    connection = sqlite3.connect(file, timeout=timeout_s)
+    try:
+        connection.execute("BEGIN IMMEDIATE")
+        connection.rollback()
+    finally:
+        connection.close()
+
+
+def _experiment_id(client: MlflowClient, name: str, location: str | None) -> str:
+    from mlflow.exceptions import MlflowException
+
+    found = client.get_experiment_by_name(name)
+    if found is not None:
+        return str(found.experiment_id)
+    try:
+        return str(client.create_experiment(name, artifact_location=location))
+    except MlflowException:
+        found = client.get_experiment_by_name(name)  # another run may have made it in between
+        if found is None:
+            raise
+        return str(found.experiment_id)
+
+
+@contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    """Set variables for as long as the block lasts, except where the user has set them: MLflow reads its limits from
+    the environment only."""
+    mine = {name: value for name, value in values.items() if name not in os.environ}
+    os.environ.update(mine)
+    try:
+        yield
+    finally:
+        for name in mine:
+            os.environ.pop(name, None)
+
+
+def _point(step: int, value: float) -> tuple[int, float | None]:
+    """A metric's identity in the store, where infinities are the largest doubles and NaN is not equal to itself."""
+    largest = 1.7976931348623157e308
+    return step, None if math.isnan(value) else max(-largest, min(largest, value))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _free(key: str, taken: Mapping[str, str]) -> str:
+    """Two keys that became one when they were sanitised stay two."""
+    number, free = 2, key
+    while free in taken:
+        free, number = f"{key}_{number}", number + 1
+    return free
+
+
+def _batches(items: Sequence[Any], size: int) -> Iterator[list[Any]]:
+    rest = iter(items)
+    while batch := list(islice(rest, size)):
+        yield batch
+
+
+def _nothing(record: logging.LogRecord) -> bool:
+    return False
