@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
@@ -19,10 +19,10 @@ import numpy as np
 from tuner.errors import ConfigError, DataError
 from tuner.types import IGNORE, Dataset, Dialogue, Message, Sample, Tokenizer
 
-TooLong = Literal["truncate", "drop", "refuse"]
-
 NUM_DIALOGUES = 8
 """Validation examples that are kept as text too."""
+
+_CHUNK = 1024  # conversations encoded at once: what the encoder says of each takes far more room than its ids
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Preparation:
 
     val_fraction: float
     max_seq_len: int
-    too_long: TooLong
+    too_long: Literal["truncate", "drop", "refuse"]
     max_samples: int | None
     max_val_samples: int | None
 
@@ -81,16 +81,15 @@ class Preparation:
         counts = Counter(examples=len(examples))
         distinct = _without_empty_and_duplicates(examples, counts)
         train, validation = self._split(name, distinct, counts)
-        samples = {
-            "train": self._tokenize(f"{name}: training", train, tokenizer, counts),
-            "validation": self._tokenize(f"{name}: validation", validation, tokenizer, counts),
-        }
-        counts.update({side: len(of_side) for side, of_side in samples.items()})
+        train_samples = [sample for _, sample in self._tokenize(f"{name}: training", train, tokenizer, counts)]
+        kept = self._tokenize(f"{name}: validation", validation, tokenizer, counts)
+        validation_samples = [sample for _, sample in kept]
+        counts.update(train=len(train_samples), validation=len(validation_samples))
         return Dataset(
-            train=samples["train"],
-            validation=samples["validation"],
-            dialogues=[_dialogue(example) for example in validation[:NUM_DIALOGUES]],
-            fingerprint=fingerprint(samples["train"], samples["validation"]),
+            train=train_samples,
+            validation=validation_samples,
+            dialogues=[_dialogue(example) for example, _ in kept[:NUM_DIALOGUES]],
+            fingerprint=fingerprint(train_samples, validation_samples),
             counts=dict(counts),
             name=name,
         )
@@ -115,28 +114,24 @@ class Preparation:
 
     def _tokenize(
         self, what: str, examples: Sequence[Example], tokenizer: Tokenizer, counts: Counter[str]
-    ) -> list[Sample]:
-        conversations = [example.messages for example in examples]
-        if isinstance(tokenizer, BatchEncoder):
-            encoded = tokenizer.encode_chats(conversations)
-        else:
-            encoded = [tokenizer.encode_chat(messages) for messages in conversations]
-        samples = []
-        for example, (ids, is_reply) in zip(examples, encoded, strict=True):
+    ) -> list[tuple[Example, Sample]]:
+        """The examples that have a trained token within `max_seq_len`, and their samples."""
+        kept = []
+        for example, ids, is_reply in _encode(examples, tokenizer):
             if len(ids) > self.max_seq_len and not self._may_truncate(example, len(ids), counts):
                 continue
             sample = _sample(ids[: self.max_seq_len], is_reply[: self.max_seq_len])
             # A prediction exists from the second position on
             if any(label != IGNORE for label in sample.labels[1:]):
-                samples.append(sample)
+                kept.append((example, sample))
             else:
                 counts["nothing_trained"] += 1
-        if not samples:
+        if not kept:
             raise DataError(
                 f"{what}: none of {len(examples)} examples has a reply within data.max_seq_len={self.max_seq_len}"
                 " tokens; raise it" + (" or say data.too_long=truncate" if self.too_long == "drop" else "")
             )
-        return samples
+        return kept
 
     def _may_truncate(self, example: Example, num_tokens: int, counts: Counter[str]) -> bool:
         if self.too_long == "refuse":
@@ -160,6 +155,18 @@ def fingerprint(*sides: Sequence[Sample]) -> str:
     return digest.hexdigest()
 
 
+def _encode(examples: Sequence[Example], tokenizer: Tokenizer) -> Iterator[tuple[Example, list[int], list[bool]]]:
+    for start in range(0, len(examples), _CHUNK):
+        chunk = examples[start : start + _CHUNK]
+        conversations = [example.messages for example in chunk]
+        if isinstance(tokenizer, BatchEncoder):
+            encoded = tokenizer.encode_chats(conversations)
+        else:
+            encoded = [tokenizer.encode_chat(messages) for messages in conversations]
+        for example, (ids, is_reply) in zip(chunk, encoded, strict=True):
+            yield example, ids, is_reply
+
+
 def _sample(ids: Sequence[int], is_reply: Sequence[bool]) -> Sample:
     # Arrays of 4-byte integers: lists of Python's integers take ten times the memory
     labels = array("i", [id_ if trained else IGNORE for id_, trained in zip(ids, is_reply, strict=True)])
@@ -180,8 +187,9 @@ def _is_reply(message: Message) -> bool:
 
 
 def _dialogue(example: Example) -> Dialogue:
-    last = max(i for i, message in enumerate(example.messages) if _is_reply(message))
-    return Dialogue(messages=example.messages[:last], reply=example.messages[last]["content"])
+    # The first reply, which is within max_seq_len if any is
+    first = next(i for i, message in enumerate(example.messages) if _is_reply(message))
+    return Dialogue(messages=example.messages[:first], reply=example.messages[first]["content"])
 
 
 def _digest(key: str) -> bytes:

@@ -17,8 +17,9 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
-from tuner.data.dataset import Example, Preparation, TooLong
+from tuner.data.dataset import Example, Preparation
 from tuner.errors import DataError
 from tuner.types import Dataset, Fraction, Message, PositiveInt, Tokenizer
 
@@ -55,7 +56,7 @@ class PyDoc:
         self,
         val_fraction: Fraction,
         max_seq_len: PositiveInt,
-        too_long: TooLong,
+        too_long: Literal["truncate", "drop", "refuse"],
         max_samples: PositiveInt | None,
         max_val_samples: PositiveInt | None,
     ) -> None:

@@ -97,7 +97,7 @@ class ChatTemplate:
             )
         start, stop = len(prompt), len(turn)
         content_start, content_end = self._find_content(text[start:stop], messages[i]["content"])
-        if prompt == self.render(messages[:i]):
+        if content_start and prompt == self.render(messages[:i]):
             # The template knows no generation prompt: what precedes the content is a header nobody has to write
             start += content_start
             content_end -= content_start
