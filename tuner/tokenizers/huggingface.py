@@ -35,19 +35,13 @@ TOKENIZER_FILES = (
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 
 
-def load_tokenizer(folder: str | Path) -> HuggingFaceTokenizer:
-    """The tokenizer of a Hugging Face model folder.
-
-    Raises:
-        ModelError: if the folder has no `tokenizer.json`, or its files are damaged or name no end token.
-    """
-    return HuggingFaceTokenizer(Path(folder))
-
-
 class HuggingFaceTokenizer:
     """See `tuner.types.Tokenizer`. The chat template is compiled at its first use.
 
     `pad_id` is `eos_id` where the folder names no padding token; padding is never trained on either way.
+
+    Raises:
+        ModelError: if the folder has no `tokenizer.json`, or its files are damaged or name no end token.
     """
 
     vocab_size: int
