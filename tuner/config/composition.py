@@ -1,0 +1,167 @@
+"""From words to a configuration: `compose` them, `freeze` what would differ elsewhere, `check` every key.
+
+Composing goes through Hydra's loader itself and not through `hydra.initialize`, which owns one global state for the
+process: this works inside another Hydra application, in a notebook and in a test, and leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.utils import create_config_search_path
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.config_search_path import SearchPathQuery
+from hydra.core.utils import setup_globals
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from hydra.version import setbase
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from tuner.config.checking import problems_of
+from tuner.config.explaining import explain, one_line
+from tuner.errors import ConfigError
+
+PRIMARY = "config"
+LOCAL_PATHS = ("model.path", "data.path")
+"""Keys that name a file or folder, made absolute when the configuration is frozen."""
+
+
+def conf_dir() -> Path:
+    """The folder of the config groups: inside an installed package, beside it in a checkout."""
+    package = Path(__file__).resolve().parent.parent
+    inside = package / "conf"
+    return inside if inside.is_dir() else package.parent / "conf"
+
+
+def compose(overrides: Sequence[str] = (), *, config_name: str = PRIMARY, config_dir: str | None = None) -> DictConfig:
+    """The configuration that command-line words make.
+
+    Args:
+        overrides: as on the command line: `["peft=qlora", "optimizer.lr=1e-4"]`.
+        config_name: the primary configuration; `verb/generate` for that verb.
+        config_dir: a further folder of groups that goes before ours.
+
+    Raises:
+        ConfigError: a group, option or key that does not exist, or a word that cannot be parsed.
+    """
+    config = load(config_loader(config_dir), overrides, config_name)
+    with open_dict(config):
+        del config["hydra"]
+    return config
+
+
+def config_loader(config_dir: str | None = None) -> ConfigLoader:
+    """Hydra's loader over our groups.
+
+    Raises:
+        ConfigError: `config_dir` is no folder.
+    """
+    setbase("1.3")
+    setup_globals()
+    # Cached for each configuration: one run has one token, the next compose has another.
+    OmegaConf.register_new_resolver("tuner.token", lambda: secrets.token_hex(3), use_cache=True, replace=True)
+    search_path = create_config_search_path(str(conf_dir()))
+    if config_dir is not None:
+        if not Path(config_dir).is_dir():
+            raise ConfigError(f"--config-dir {config_dir}: no such folder")
+        before = SearchPathQuery(provider="main")
+        search_path.prepend("command-line", f"file://{Path(config_dir).absolute()}", before)
+    return ConfigLoaderImpl(config_search_path=search_path)
+
+
+def load(loader: ConfigLoader, overrides: Sequence[str], config_name: str = PRIMARY) -> DictConfig:
+    """Compose with Hydra's own node kept under `hydra`.
+
+    Raises:
+        ConfigError: as `compose`.
+    """
+
+    def attempt(words: Sequence[str]) -> DictConfig:
+        return loader.load_configuration(config_name, list(words), RunMode.RUN)
+
+    try:
+        return attempt(overrides)
+    except HydraException as error:
+        raise ConfigError(explain(error, overrides, attempt)) from error
+
+
+def plain(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
+    """Resolved plain containers; a mandatory value that was not given stays `???`.
+
+    Raises:
+        ConfigError: an interpolation that names no key.
+    """
+    try:
+        container = OmegaConf.to_container(OmegaConf.create(config), resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(one_line(error)) from error
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
+
+
+def freeze(config: DictConfig) -> DictConfig:
+    """A resolved copy that means the same in any process on any folder: what a run writes as its config.yaml.
+
+    Paths become absolute, `train.num_threads` this machine's number and a logger's `tracking_uri` the store that
+    will be used: the key itself, else `MLFLOW_TRACKING_URI`, else mlflow.db in the current folder. Freezing a frozen
+    configuration changes nothing.
+    """
+    frozen = OmegaConf.create(plain(config))
+    OmegaConf.set_struct(frozen, True)
+    if isinstance(out := OmegaConf.select(frozen, "out"), str):
+        frozen.out = _absolute(out)
+    for key in LOCAL_PATHS:
+        if isinstance(path := OmegaConf.select(frozen, key, throw_on_missing=False), str):
+            OmegaConf.update(frozen, key, _absolute(path))
+    if OmegaConf.select(frozen, "train") is not None and frozen.train.num_threads is None:
+        frozen.train.num_threads = available_cpus()
+    _settle_tracking(frozen.get("logger"))
+    return frozen
+
+
+def check(config: DictConfig | Mapping[str, Any], command: str = "Run") -> None:
+    """Every key and every rule, in milliseconds and without importing torch.
+
+    Args:
+        config: composed, frozen or a plain mapping.
+        command: the class of `tuner.settings` that names its keys.
+
+    Raises:
+        ConfigError: all problems together, each naming the key, the value and the valid choices.
+    """
+    if problems := problems_of(plain(config), command):
+        raise ConfigError(problems)
+
+
+def available_cpus() -> int:
+    """The CPUs this process may use, which in a container or a SLURM job are fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).expanduser().absolute())
+
+
+def _settle_tracking(node: Any) -> None:
+    """Write down where a logger, or each of many, keeps its runs."""
+    if not isinstance(node, DictConfig):
+        return
+    if "tracking_uri" in node:
+        node.tracking_uri = _absolute_uri(
+            node.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+        )
+    for child in node.values():
+        _settle_tracking(child)
+
+
+def _absolute_uri(uri: str) -> str:
+    scheme, found, path = uri.partition("sqlite:///")
+    return f"sqlite:///{Path(path).absolute()}" if found and not scheme else uri

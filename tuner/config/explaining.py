@@ -1,0 +1,80 @@
+"""What went wrong when Hydra refused to compose, as one sentence each and all of them at once."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+
+from tuner.errors import nearest
+
+UNKNOWN_KEY = re.compile(r"Could not override '(?P<key>[^']*)'")
+MERGE = re.compile(r"Error merging override (?P<word>.*)")
+
+
+def explain(error: HydraException, words: Sequence[str], compose: Callable[[Sequence[str]], DictConfig]) -> list[str]:
+    """One sentence for every word that is wrong.
+
+    Hydra stops at the first one, so each is taken out in turn until the rest composes.
+
+    Args:
+        error: what `compose(words)` raised.
+        words: the overrides.
+        compose: raises `HydraException` for words that do not compose.
+    """
+    problems: list[str] = []
+    unknown: list[tuple[str, str]] = []
+    remaining = list(words)
+    while True:
+        key, sentence = _read(error)
+        culprits = [word for word in remaining if key is not None and _key_of(word) == key]
+        if sentence is not None or not culprits:
+            problems.append(sentence or one_line(error))
+        else:
+            unknown += [(key or "", word) for word in culprits]
+        remaining = [word for word in remaining if word not in culprits]
+        if not culprits:
+            return problems + [f"{word}: no such key" for _, word in unknown]
+        try:
+            config = compose(remaining)
+        except HydraException as next_error:
+            error = next_error
+        else:
+            return problems + [f"{word}: no such key; {_valid_beside(config, key)}" for key, word in unknown]
+
+
+def _read(error: HydraException) -> tuple[str | None, str | None]:
+    """The key or group of the word that failed, and the sentence unless it is a key that does not exist."""
+    message = str(error)
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
+        group, _, option = error.missing_cfg_file.rpartition("/")
+        return group, f"{group}={option}: no such option; {nearest(option, error.options)}"
+    if found := UNKNOWN_KEY.search(message):
+        return found["key"], None
+    if found := MERGE.search(message):
+        cause = str(error.__cause__).strip().splitlines()
+        return _key_of(found["word"]), f"{found['word']}: {cause[0] if cause else 'cannot be set'}"
+    return None, None
+
+
+def _key_of(word: str) -> str:
+    return word.lstrip("+~").partition("=")[0].partition("@")[0].removesuffix(":")
+
+
+def _valid_beside(config: DictConfig, key: str) -> str:
+    """The valid names next to a key that does not exist, where its parent does."""
+    parent, _, name = key.rpartition(".")
+    while parent and not OmegaConf.is_dict(OmegaConf.select(config, parent)):
+        parent, _, name = parent.rpartition(".")
+    node = OmegaConf.select(config, parent) if parent else config
+    names = [str(choice) for choice in node if not (parent == "" and choice == "hydra") and choice != "_target_"]
+    return nearest(name, names)
+
+
+def one_line(error: BaseException) -> str:
+    """An exception and its cause without line breaks, without Hydra's links and advice."""
+    text = str(error) if str(error) else str(error.__cause__ or type(error).__name__)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return "; ".join(line for line in lines if not line.startswith(("See https://", "full_key:", "object_type=")))

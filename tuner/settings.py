@@ -1,0 +1,126 @@
+"""The keys of each command: what a configuration holds at its top level and under `train`.
+
+`conf/config.yaml` and `conf/verb/<verb>.yaml` hold the values, these classes the names and types; `tuner.config.check`
+reads them from source. No key has a default here: the YAML is the only home of a default.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal, Protocol
+
+from tuner.types import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+Probability = Annotated[float, "> 0", "<= 1"]
+
+
+class Member(Protocol):
+    """A member of a config group: its `_target_` names the class or function whose signature says the keys."""
+
+
+@dataclass(frozen=True)
+class Train:
+    """How long to train and how often to look.
+
+    Args:
+        batch_size: examples in one forward and backward pass.
+        gradient_accumulation_steps: passes that make one optimizer step.
+        max_steps: optimizer steps; None is by `epochs`.
+        epochs: passes over the training data where `max_steps` is None.
+        clip_grad_norm: largest norm of the whole gradient; None is unclipped.
+        log_every_steps: distance of the lines in metrics.jsonl.
+        val_every_steps: distance of the evaluations between the first and the last; None is at epoch ends only.
+        objective: the number of the summary that a sweep compares.
+        compile: compile the model with torch.compile.
+        num_threads: CPU threads; None becomes this machine's number when the config is frozen, since bits depend on it.
+        num_samples: validation examples generated before and after.
+        max_new_tokens: longest of these generations.
+    """
+
+    batch_size: PositiveInt
+    gradient_accumulation_steps: PositiveInt
+    max_steps: PositiveInt | None
+    epochs: PositiveInt
+    clip_grad_norm: PositiveFloat | None
+    log_every_steps: PositiveInt
+    val_every_steps: PositiveInt | None
+    objective: str
+    compile: bool
+    num_threads: PositiveInt | None
+    num_samples: NonNegativeInt
+    max_new_tokens: PositiveInt
+
+
+@dataclass(frozen=True)
+class Run:
+    """`tuner [run]`: one training run."""
+
+    model: Member
+    data: Member
+    quantization: Member
+    precision: Member
+    peft: Member
+    memory: Member
+    optimizer: Member
+    schedule: Member
+    distributed: Member
+    checkpoint: Member
+    logger: Member
+    out: str
+    seed: NonNegativeInt
+    device: Literal["auto", "cpu", "cuda"]
+    train: Train
+    trust_targets: list[str]
+
+
+@dataclass(frozen=True)
+class Generate:
+    """`tuner generate`: text from a model, with an adapter or without."""
+
+    model: Member
+    quantization: Member
+    precision: Member
+    run: str | None
+    adapter: str | None
+    checkpoint: str | None
+    prompt: str
+    system: str | None
+    chat: bool
+    max_new_tokens: PositiveInt
+    temperature: NonNegativeFloat
+    top_p: Probability
+    seed: NonNegativeInt
+    device: Literal["auto", "cpu", "cuda"]
+    trust_targets: list[str]
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """`tuner evaluate`: loss and perplexity on the validation split of a dataset."""
+
+    model: Member
+    data: Member
+    quantization: Member
+    precision: Member
+    run: str | None
+    adapter: str | None
+    checkpoint: str | None
+    batch_size: PositiveInt
+    device: Literal["auto", "cpu", "cuda"]
+    trust_targets: list[str]
+
+
+@dataclass(frozen=True)
+class Merge:
+    """`tuner merge`: an adapter into its base, written as a Hugging Face folder."""
+
+    model: Member
+    quantization: Member
+    precision: Member
+    run: str | None
+    adapter: str | None
+    checkpoint: str | None
+    dest: str
+    merge_into: Literal["dequantized", "original"]
+    device: Literal["auto", "cpu", "cuda"]
+    trust_targets: list[str]

@@ -1,0 +1,17 @@
+"""`tuner validate`: is this a run, and how large?"""
+
+from __future__ import annotations
+
+from omegaconf import DictConfig
+
+from tuner.build import count_parameters
+
+
+def validate(cfg: DictConfig, overrides: list[str]) -> str:
+    """Parameter counts of a configuration that was checked on the way here; no weights, tokenizer or data are read.
+
+    Raises:
+        TunerError: a model that cannot be built or adapted as `cfg` says.
+    """
+    total, trainable = count_parameters(cfg)
+    return f"total_params: {total}\ntrainable_params: {trainable}"
