@@ -77,7 +77,7 @@ class BackgroundLogger(ABC):
 
     def reason(self, problem: Exception) -> str:
         """One line that says what is wrong with the backend."""
-        return _first_line(problem)
+        return root_cause(problem)
 
     def quiet(self) -> AbstractContextManager[None]:
         """What the thread works in: keeps the backend's own messages off the terminal."""
@@ -173,7 +173,7 @@ class BackgroundLogger(ABC):
             self._artifacts.pop(0)
 
 
-def _first_line(problem: Exception) -> str:
+def root_cause(problem: Exception) -> str:
     """The innermost cause says what happened; the layers above it say where in the library."""
     cause: BaseException = problem
     while (inner := cause.__cause__ or cause.__context__) is not None:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tuner.logging.disk import SUMMARY, Row, json_text, write_json
+from tuner.logging.flat import flatten, numbers
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -100,7 +101,7 @@ class MlflowRun:
             self.record(complete=False)
             run = self.client.get_run(self.run_id)
             self._params: dict[str, str] = dict(run.data.params)
-            self._points = {key: self._history(key) for key in run.data.metrics}
+            self._points = {key: self._history(key) for key in run.data.metrics if not key.startswith("system/")}
             if run.info.status != "RUNNING":
                 self.client.update_run(self.run_id, status="RUNNING")
 
@@ -108,7 +109,7 @@ class MlflowRun:
         """The resolved config, flat with dots; MLflow's params never change: a new value becomes a `resumed.` tag."""
         from mlflow.entities import Param, RunTag
 
-        flat = flatten(config)
+        flat = params_of(config)
         new = [Param(key, value) for key, value in flat.items() if key not in self._params]
         changed = {key: value for key, value in flat.items() if self._params.get(key, value) != value}
         with self._patient():
@@ -162,9 +163,8 @@ class MlflowRun:
 
     def end(self, status: str, summary: Mapping[str, Any], complete: bool, end_s: float | None = None) -> None:
         """Log the summary's numbers as metrics and its words as tags, set the true status, keep `summary.json`."""
-        numbers = {key: value for key, value in summary.items() if _is_number(value)}
         words = {key: value for key, value in summary.items() if isinstance(value, str)}
-        self.metrics([Row(int(summary.get("steps", 0)), end_s or time.time(), numbers)])
+        self.metrics([Row(int(summary.get("steps", 0)), end_s or time.time(), numbers(summary))])
         with self._patient():
             for key, value in words.items():
                 self.client.set_tag(self.run_id, sanitise(key), value[:MAX_VALUE_CHARACTERS])
@@ -211,16 +211,12 @@ class MlflowRun:
         )
 
 
-def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested containers as `a.b.c -> text`; keys as MLflow takes them, values of at most 6,000 characters."""
-    flat: dict[str, str] = {}
-    for key, value in config.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping) and value:
-            flat.update(flatten(value, f"{name}."))
-        else:
-            flat[_free(sanitise(name), flat)] = str(value)[:MAX_VALUE_CHARACTERS]
-    return flat
+def params_of(config: Mapping[str, Any]) -> dict[str, str]:
+    """The config as MLflow takes it: flat, every key allowed and unique, values of at most 6,000 characters."""
+    params: dict[str, str] = {}
+    for key, value in flatten(config).items():
+        params[_free(sanitise(key), params)] = str(value)[:MAX_VALUE_CHARACTERS]
+    return params
 
 
 def sanitise(key: str) -> str:
@@ -245,6 +241,14 @@ def silent() -> Iterator[None]:
     finally:
         for place in places:
             place.removeFilter(_nothing)
+
+
+def store_errors() -> tuple[type[Exception], ...]:
+    """What a store that cannot be used raises (errors of `requests` and of the file lock are `OSError`s)."""
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    return MlflowException, SQLAlchemyError, sqlite3.Error, OSError
 
 
 def sqlite_file(tracking_uri: str) -> Path | None:
@@ -321,10 +325,6 @@ def _point(step: int, value: float) -> tuple[int, float | None]:
     """A metric's identity in the store, where infinities are the largest doubles and NaN is not equal to itself."""
     largest = 1.7976931348623157e308
     return step, None if math.isnan(value) else max(-largest, min(largest, value))
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _free(key: str, taken: Mapping[str, str]) -> str:

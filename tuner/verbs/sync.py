@@ -1,0 +1,119 @@
+"""`tuner sync DIR`: a run folder into MLflow, for a run whose store was away or that had no MLflow logger."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tuner.config import conf_dir
+from tuner.errors import TunerError
+from tuner.logging.background import root_cause
+from tuner.logging.disk import CONFIG, ENVIRONMENT, OVERRIDES, SAMPLES, SUMMARY, Row, read_metrics
+from tuner.logging.mlflow import MLflowLogger, default_tracking_uri
+from tuner.logging.mlflow_run import MlflowRecord, MlflowRun, silent, store_errors, without_password
+
+KEPT = (CONFIG, OVERRIDES, ENVIRONMENT, SAMPLES, "adapter")
+_TARGET = f"{MLflowLogger.__module__}.{MLflowLogger.__qualname__}"
+
+
+def sync(run_dir: Path) -> str:
+    """Replay a run folder into MLflow; what the store holds already is left as it is, so it may be called again.
+
+    The store is the one where the run was begun (`mlflow.json`); where none was reached, `MLFLOW_TRACKING_URI`, else
+    the store that the run was meant for, else `sqlite:///mlflow.db` in the working directory.
+
+    Returns:
+        One line that says what was done.
+
+    Raises:
+        TunerError: if `run_dir` is not a run folder or the store cannot be used.
+    """
+    folder = _read(run_dir.resolve())
+    uri = _tracking_uri(MlflowRecord.read(folder.out), folder.settings)
+    try:
+        with silent():
+            run_id, new_values = _replay(folder, uri)
+    except store_errors() as problem:
+        raise TunerError(f"the store {without_password(uri)} cannot be used ({root_cause(problem)})") from problem
+    still = (
+        "; it has no summary.json (still running, or killed), so it stays RUNNING there" if not folder.summary else ""
+    )
+    return f"{folder.out} is run {run_id} in {without_password(uri)}, {new_values} metric values new{still}"
+
+
+@dataclass(frozen=True)
+class _RunFolder:
+    """What a run folder says; `summary` is null where the run has not ended, `ended_s` since the epoch."""
+
+    out: Path
+    config: dict[str, Any]
+    settings: dict[str, Any]
+    dataset: dict[str, Any]
+    rows: list[Row]
+    started_s: float
+    summary: dict[str, Any] | None
+    ended_s: float | None
+
+
+def _read(out: Path) -> _RunFolder:
+    for name in (CONFIG, ENVIRONMENT):
+        if not (out / name).exists():
+            raise TunerError(f"{out} is not a run folder: it has no {name}")
+    config = yaml.safe_load((out / CONFIG).read_text(encoding="utf-8"))
+    rows = read_metrics(out)
+    summary = out / SUMMARY
+    return _RunFolder(
+        out=out,
+        config=config,
+        settings=_settings(config["logger"]),
+        dataset=json.loads((out / ENVIRONMENT).read_text(encoding="utf-8"))["dataset"],
+        rows=rows,
+        started_s=rows[0].time if rows else (out / CONFIG).stat().st_mtime,
+        summary=json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else None,
+        ended_s=summary.stat().st_mtime if summary.exists() else None,
+    )
+
+
+def _replay(folder: _RunFolder, uri: str) -> tuple[str, int]:
+    """Id of the run and how many metric values were not there yet."""
+    words = folder.settings
+    run = MlflowRun(
+        folder.out,
+        uri,
+        words["experiment"],
+        words["run_name"],
+        words["tags"],
+        words["parent_run_id"],
+        words["connect_timeout_s"],
+        folder.started_s,
+    )
+    run.params(folder.config)
+    run.dataset(folder.dataset)
+    new_values = run.metrics(folder.rows)
+    for name in KEPT:
+        if (folder.out / name).exists():
+            run.artifact(folder.out / name)
+    if folder.summary is not None:
+        run.end(folder.summary["status"], folder.summary, complete=True, end_s=folder.ended_s)
+    return run.run_id, new_values
+
+
+def _settings(logger: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of the run's MLflow logger, alone or among many; for a run that had none, those of the logger group."""
+    for candidate in logger["loggers"].values() if "loggers" in logger else (logger,):
+        if candidate["_target_"] == _TARGET:
+            return dict(candidate)
+    defaults: dict[str, Any] = yaml.safe_load((conf_dir() / "logger" / "mlflow.yaml").read_text(encoding="utf-8"))
+    return defaults
+
+
+def _tracking_uri(record: MlflowRecord | None, settings: Mapping[str, Any]) -> str:
+    if record is not None and record.run_id is not None:
+        return record.tracking_uri
+    return os.environ.get("MLFLOW_TRACKING_URI") or settings["tracking_uri"] or default_tracking_uri()
