@@ -3,8 +3,8 @@
 `bitsandbytes` 0.50 does three things at import that nobody asked for; they are held back for the time of the import:
 
 - It decorates four fallback kernels with `torch.compile`, which imports dynamo and inductor: 2.1 s on a 2-core machine
-  instead of 0.03 s. (Dynamo, the first half of it, comes anyway with the first optimizer or operator that is called.) The
-  fallbacks serve devices without native kernels and then run as they are written, uncompiled.
+  instead of 0.03 s. (Dynamo, the first half of it, comes anyway with the first optimizer or operator that is called.)
+  The fallbacks serve devices without native kernels and then run as they are written, uncompiled.
 - It asks the `kernels` package, where installed, for code from the Hugging Face Hub: a network access, for an inference
   kernel that training never calls.
 - It warns that this package is missing.

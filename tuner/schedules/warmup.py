@@ -2,7 +2,7 @@
 
 A schedule is a pure function of the step and keeps no state, so a resumed run continues it exactly.
 
-transformers (and torchtune, whose code it is) warms up by `step / warmup_steps`: its first step has learning rate 0
+transformers (and torchtune after it) warms up by `step / warmup_steps`: its first step has learning rate 0
 and changes nothing. Here the first of w steps has 1/w and the last the full rate, so warm-up runs one step ahead of
 theirs; from `step == warmup_steps` on the factors are the same. The end of the way down, `step == total_steps`, lies
 one past the last step: no step is spent on a learning rate of 0.

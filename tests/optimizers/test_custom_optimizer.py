@@ -1,0 +1,99 @@
+"""Optimizers named by their class."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tuner.errors import ConfigError
+from tuner.optimizers.custom import custom, find
+from tuner.quiet import import_bitsandbytes
+
+
+def new_params() -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    return [nn.Parameter(torch.randn(80, 64, generator=generator))]
+
+
+@pytest.mark.parametrize(
+    ("target", "keys"),
+    [
+        ("torch.optim.RAdam", {"lr": 0.01, "eps": 1e-7, "betas": [0.8, 0.9]}),
+        ("torch.optim.Adafactor", {"lr": 0.01}),
+        ("torch.optim.NAdam", {"lr": 0.01, "momentum_decay": 1e-3}),
+        ("bitsandbytes.optim.Lion8bit", {"lr": 0.01}),
+        ("bitsandbytes.optim.AdEMAMix", {"lr": 0.01, "betas": [0.9, 0.999, 0.9999]}),
+        ("bitsandbytes.optim.PagedLion", {"lr": 0.01}),
+    ],
+)
+def test_equals_the_class_itself(target: str, keys: dict[str, Any]) -> None:
+    module, _, name = target.rpartition(".")
+    import_bitsandbytes()
+    ours, theirs = new_params(), new_params()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        optimizer = custom(target, ours, keys)
+        reference = getattr(importlib.import_module(module), name)(theirs, **keys)
+        assert type(optimizer) is type(reference)
+        for step in range(4):
+            for param in (*ours, *theirs):
+                param.grad = torch.full_like(param, 0.1 * (step + 1)) * param.detach().sign()
+            optimizer.step()
+            reference.step()
+    assert torch.equal(ours[0], theirs[0])
+    assert not torch.equal(ours[0], new_params()[0])
+
+
+def test_a_paged_class_says_that_a_cpu_does_not_page() -> None:
+    with pytest.warns(UserWarning, match="optimizer: nothing is paged on a CPU"):
+        custom("bitsandbytes.optim.PagedLion", new_params(), {"lr": 0.01})
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("torch.optim.RAdm", r"torch\.optim has no such optimizer; did you mean RAdam"),
+        ("torch.optim.Optimizer", "no such optimizer"),
+        ("bitsandbytes.optim.Lyon", "did you mean Lion"),
+        ("bitsandbytes.optim.GlobalOptimManager", "no such optimizer"),
+        ("os.system", r"must be a class of torch\.optim or bitsandbytes\.optim"),
+        ("torch.optim.lr_scheduler.StepLR", r"must be a class of torch\.optim or bitsandbytes\.optim"),
+        ("RAdam", r"must be a class of torch\.optim or bitsandbytes\.optim"),
+        ("torch.optim.LBFGS", "evaluates the loss several times a step"),
+    ],
+)
+def test_what_cannot_be_an_optimizer_here_is_refused(target: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        find(target)
+    assert caught.value.problems[0].startswith(f"optimizer._target_={target}: ")
+
+
+def test_keys_the_class_does_not_take_are_named_together() -> None:
+    with pytest.raises(ConfigError) as caught:
+        custom("torch.optim.RAdam", new_params(), {"lr": 0.01, "fused": True, "epsilon": 1e-8})
+    fused, epsilon = caught.value.problems
+    assert fused.startswith("optimizer.fused=True: torch.optim.RAdam has no such argument (~optimizer.fused takes")
+    assert epsilon.startswith("optimizer.epsilon=1e-08: ")
+    assert "valid: betas, capturable, decoupled_weight_decay, differentiable, eps, foreach, lr" in epsilon
+
+
+def test_fused_sgd_that_would_not_train_is_refused() -> None:
+    keys = {"lr": 0.1, "fused": True}
+    custom("torch.optim.SGD", new_params(), keys)
+    with pytest.raises(
+        ConfigError, match=r"optimizer\.fused=true: on a CPU, PyTorch's fused SGD skips bf16 parameters"
+    ):
+        custom("torch.optim.SGD", [nn.Parameter(new_params()[0].bfloat16())], keys)
+
+
+def test_a_value_the_class_refuses_is_one_clear_line() -> None:
+    with pytest.raises(ConfigError) as caught:
+        custom("torch.optim.RAdam", new_params(), {"lr": -1.0})
+    assert caught.value.problems == [
+        "optimizer._target_=torch.optim.RAdam refuses its keys: Invalid learning rate: -1.0"
+    ]

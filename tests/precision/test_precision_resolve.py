@@ -1,0 +1,74 @@
+"""Precision: what the names mean, and what happens on a GPU without bfloat16."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from tuner.precision.bf16 import bf16
+from tuner.precision.fp32 import fp32
+from tuner.precision.resolve import resolve
+from tuner.types import Precision
+
+CONF = Path(__file__).parents[2] / "conf" / "precision"
+MEMBERS = {path.stem: yaml.safe_load(path.read_text()) for path in sorted(CONF.glob("*.yaml"))}
+
+
+def test_all_members_are_found() -> None:
+    assert set(MEMBERS) >= {"fp32", "bf16"}
+
+
+@pytest.mark.parametrize("name", MEMBERS)
+def test_every_member_names_a_dtype_and_lists_its_signature(name: str) -> None:
+    module, _, attribute = MEMBERS[name]["_target_"].rpartition(".")
+    function = getattr(importlib.import_module(module), attribute)
+    keys = {key: value for key, value in MEMBERS[name].items() if not key.startswith("_")}
+    assert list(inspect.signature(function).parameters) == list(keys)
+    precision = function(**keys)
+    assert precision.name == name
+    assert isinstance(getattr(torch, precision.compute), torch.dtype)
+    assert precision.trainable == "auto"
+
+
+@pytest.fixture
+def old_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU that computes bfloat16 only by emulation."""
+
+    def is_bf16_supported(including_emulation: bool = True) -> bool:
+        return including_emulation
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_bf16_supported)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+
+
+@pytest.mark.parametrize("make", [fp32, bf16])
+def test_a_cpu_runs_what_was_asked(make: Any) -> None:
+    asked = make("auto")
+    assert resolve(asked, torch.device("cpu")) == (asked, None)
+
+
+@pytest.mark.usefixtures("old_gpu")
+@pytest.mark.parametrize(("trainable", "expected"), [("auto", "auto"), ("fp32", "fp32"), ("bf16", "fp32")])
+def test_an_old_gpu_falls_back_to_fp32_and_says_so(trainable: Any, expected: str) -> None:
+    precision, line = resolve(bf16(trainable), torch.device("cuda", 0))
+    assert precision == Precision("fp32", "float32", expected)
+    assert line == "precision: Tesla T4 has no bfloat16, so this run uses fp32"
+
+
+@pytest.mark.usefixtures("old_gpu")
+def test_an_old_gpu_runs_fp32_as_asked() -> None:
+    assert resolve(fp32("auto"), torch.device("cuda", 0)) == (fp32("auto"), None)
+
+
+def test_a_gpu_with_bf16_runs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    assert resolve(bf16("auto"), torch.device("cuda", 0)) == (bf16("auto"), None)

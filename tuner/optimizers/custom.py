@@ -1,0 +1,93 @@
+"""Any other optimizer of PyTorch or bitsandbytes, named by its class: `optimizer._target_=torch.optim.RAdam`.
+
+There is no function of ours whose signature could be the schema, so the class's own is, read when it is built.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Mapping
+from typing import Any, cast
+
+from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
+
+from tuner.errors import ConfigError, nearest
+from tuner.optimizers.paging import warn_on_cpu
+from tuner.quiet import import_bitsandbytes
+
+MODULES = ("torch.optim", "bitsandbytes.optim")
+"""Where a class may come from; nothing else is imported or called because a configuration says so."""
+
+
+def custom(target: str, params: ParamsT, keys: Mapping[str, Any]) -> Optimizer:
+    """The optimizer of class `target` over `params`, every key given to it as an argument.
+
+    Raises:
+        ConfigError: if the class is not in `MODULES`, cannot be used in a training loop, lacks an argument of one of
+            these names, or refuses a value.
+    """
+    optimizer_class = find(target)
+    if problems := _unknown_keys(target, optimizer_class, keys):
+        raise ConfigError(problems)
+    arguments = {key: tuple(value) if isinstance(value, list) else value for key, value in keys.items()}
+    try:
+        optimizer = cast(Any, optimizer_class)(params, **arguments)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"optimizer._target_={target} refuses its keys: {error}") from error
+    _refuse_fused_sgd(target, optimizer)
+    if getattr(optimizer, "is_paged", False):
+        warn_on_cpu(optimizer)
+    return cast(Optimizer, optimizer)
+
+
+def _refuse_fused_sgd(target: str, optimizer: Any) -> None:
+    """On a CPU it would leave bf16 parameters as they are (see `sgd`): a run that seems to train and does not."""
+    for group in optimizer.param_groups if target == "torch.optim.SGD" else ():
+        stuck = any(param.device.type == "cpu" and param.dtype.itemsize == 2 for param in group["params"])
+        if group["fused"] and stuck:
+            raise ConfigError("optimizer.fused=true: on a CPU, PyTorch's fused SGD skips bf16 parameters; take it away")
+
+
+def find(target: str) -> type[Optimizer]:
+    """The class of this dotted name.
+
+    Raises:
+        ConfigError: if there is none, with the names that come close, or if its step needs a closure.
+    """
+    module, _, name = target.rpartition(".")
+    if module not in MODULES:
+        raise ConfigError(
+            f"optimizer._target_={target}: must be a class of {' or '.join(MODULES)}, as torch.optim.RAdam"
+        )
+    classes = _classes(module)
+    if name not in classes:
+        raise ConfigError(f"optimizer._target_={target}: {module} has no such optimizer; {nearest(name, classes)}")
+    closure = inspect.signature(classes[name].step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ConfigError(
+            f"optimizer._target_={target}: evaluates the loss several times a step, which training cannot"
+        )
+    return classes[name]
+
+
+def _classes(module: str) -> dict[str, type[Optimizer]]:
+    if module.startswith("bitsandbytes"):
+        import_bitsandbytes()
+    members = vars(importlib.import_module(module))
+    return {
+        name: member
+        for name, member in members.items()
+        if isinstance(member, type) and issubclass(member, Optimizer) and member is not Optimizer
+    }
+
+
+def _unknown_keys(target: str, optimizer_class: type[Optimizer], keys: Mapping[str, Any]) -> list[str]:
+    valid = [name for name in inspect.signature(optimizer_class).parameters if name != "params"]
+    return [
+        f"optimizer.{key}={value}: {target} has no such argument (~optimizer.{key} takes the key away); "
+        f"{nearest(key, valid)}"
+        for key, value in keys.items()
+        if key not in valid
+    ]
