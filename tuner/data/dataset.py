@@ -176,10 +176,12 @@ def _sample(ids: Sequence[int], is_reply: Sequence[bool]) -> Sample:
 def _without_empty_and_duplicates(examples: Sequence[Example], counts: Counter[str]) -> list[Example]:
     """Examples with something to learn, the first of each key."""
     with_reply = [example for example in examples if any(_is_reply(message) for message in example.messages)]
-    distinct = {example.key: example for example in reversed(with_reply)}
+    distinct: dict[str, Example] = {}
+    for example in with_reply:
+        distinct.setdefault(example.key, example)
     counts["empty"] = len(examples) - len(with_reply)
     counts["duplicates"] = len(with_reply) - len(distinct)
-    return list(reversed(distinct.values()))
+    return list(distinct.values())
 
 
 def _is_reply(message: Message) -> bool:
