@@ -13,13 +13,18 @@ from typing import Any
 
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import get_args_parser
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, InstantiationException
+from hydra.main import _get_rerun_conf
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 
-from tuner.config.composition import check, config_loader, freeze, load
-from tuner.errors import ConfigError
+from tuner.config.composition import check, config_loader, freeze, load, without_hydra
+from tuner.config.explaining import sentence
+from tuner.errors import ConfigError, TunerError
 
 Command = Callable[[DictConfig, list[str]], Any]
 
@@ -53,13 +58,12 @@ class Application:
         args = parser.parse_args(list(words))
         _at_most_one(args)
         self.config_name = args.config_name or self.config_name
-        with _hydra(args.config_dir) as hydra:
-            if shown := self._switch(hydra, parser, args):
-                shown()
-                return None
-            if not self.makes_folder:
-                return self._call(load(hydra.config_loader, args.overrides, self.config_name), args.overrides)
-            if args.multirun or hydra.get_mode(self.config_name, args.overrides) == RunMode.MULTIRUN:
+        with _hydra(config_loader(args.config_path, args.config_dir)) as hydra, _own_errors():
+            if switched := self._switch(hydra, parser, args):
+                return self._explained(switched, hydra.config_loader, args.overrides)
+            if args.experimental_rerun:
+                return self._call(_get_rerun_conf(args.experimental_rerun, args.overrides), [])
+            if args.multirun or "hydra.mode=MULTIRUN" in args.overrides:
                 return self._sweep(hydra, args.overrides)
             return self._run(hydra, args.overrides)
 
@@ -72,35 +76,39 @@ class Application:
             return lambda: hydra.app_help(config_name=name, args_parser=parser, args=args)
         if args.hydra_help:
             return lambda: hydra.hydra_help(config_name=name, args_parser=parser, args=args)
-        if args.cfg:
-            load(hydra.config_loader, words, name)
-            return lambda: hydra.show_cfg(name, words, args.cfg, args.package, args.resolve)
-        if args.info:
-            load(hydra.config_loader, words, name)
-            return lambda: hydra.show_info(args.info, config_name=name, overrides=words)
         if args.shell_completion:
             return lambda: hydra.shell_completion(config_name=name, overrides=words)
+        if args.cfg:
+            return lambda: hydra.show_cfg(name, words, args.cfg, args.package, args.resolve)
+        if args.info:
+            return lambda: hydra.show_info(args.info, config_name=name, overrides=words)
         return None
 
+    def _explained(self, switched: Callable[[], None], loader: ConfigLoader, words: list[str]) -> None:
+        try:
+            switched()
+        except HydraException:
+            load(loader, words, self.config_name)
+            raise
+
     def _call(self, config: DictConfig, words: list[str]) -> Any:
-        """The command on a composed configuration, frozen and checked."""
-        config = config.copy()
-        with open_dict(config):
-            config.pop("hydra", None)
-        frozen = freeze(config)
-        check(frozen, self.settings)
-        return self.command(frozen, words)
+        """The command on a composed configuration, checked and frozen."""
+        check(config, self.settings)
+        return self.command(freeze(config), words)
 
     def _run(self, hydra: Hydra, words: list[str]) -> Any:
-        composed = load(hydra.config_loader, words, self.config_name)
-        with open_dict(composed):
-            del composed["hydra"]
-        check(freeze(composed), self.settings)
-        raised: list[BaseException] = []
+        composed = load(hydra.config_loader, words, self.config_name, command=self.settings)
+        if composed.hydra.mode == RunMode.MULTIRUN:
+            return self._sweep(hydra, words)
+        config = without_hydra(composed)
+        if not self.makes_folder:
+            return self._call(config, words)
+        check(config, self.settings)
+        raised: list[Exception] = []
 
         def task(config: DictConfig) -> Any:
             try:
-                return self._call(self._in_folder(config), words)
+                return self._call(_in_hydras_folder(config), words)
             except Exception as error:
                 # Hydra would print a line of its own about an error that it hands on.
                 raised.append(error)
@@ -111,21 +119,32 @@ class Application:
         return result.return_value
 
     def _sweep(self, hydra: Hydra, words: list[str]) -> None:
+        if not self.makes_folder:
+            raise ConfigError("--multirun: only training runs are swept")
         if any(word.lstrip("+").startswith("out=") for word in words):
             raise ConfigError("out=... together with --multirun: every trial has its own; say hydra.sweep.dir=FOLDER")
+        load(hydra.config_loader, _first_point(words), self.config_name)
 
         def task(config: DictConfig) -> Any:
-            task_words = OmegaConf.to_container(HydraConfig.get().overrides.task)
-            assert isinstance(task_words, list)
-            return self._call(self._in_folder(config), [str(word) for word in task_words])
+            trial_words = OmegaConf.to_container(HydraConfig.get().overrides.task)
+            assert isinstance(trial_words, list)
+            return self._call(_in_hydras_folder(config), [str(word) for word in trial_words])
 
         hydra.multirun(self.config_name, task, [*words, "hydra.mode=MULTIRUN"])
 
-    @staticmethod
-    def _in_folder(config: DictConfig) -> DictConfig:
-        """`out` is the folder Hydra made: that of a trial in a sweep, or what hydra.run.dir says."""
-        config.out = HydraConfig.get().runtime.output_dir
-        return config
+
+def _first_point(words: list[str]) -> list[str]:
+    """The first of the values of every word of a sweep; intervals, which only a search can sample, left out."""
+    overrides = OverridesParser.create().parse_overrides(words)
+    swept = [override for override in overrides if override.is_sweep_override()]
+    first = [f"{o.get_key_element()}={next(o.sweep_string_iterator())}" for o in swept if o.is_discrete_sweep()]
+    return [str(override.input_line) for override in overrides if override not in swept] + first
+
+
+def _in_hydras_folder(config: DictConfig) -> DictConfig:
+    """`out` is the folder Hydra made: that of a trial in a sweep, or what hydra.run.dir says."""
+    config.out = HydraConfig.get().runtime.output_dir
+    return config
 
 
 def _at_most_one(args: argparse.Namespace) -> None:
@@ -136,18 +155,34 @@ def _at_most_one(args: argparse.Namespace) -> None:
         raise ConfigError(f"{' '.join(names)}: only one of these at a time")
     if args.resolve and not (args.cfg or args.help):
         raise ConfigError("--resolve: only together with --cfg or --help")
-    if args.config_path or args.experimental_rerun:
-        raise ConfigError(
-            "--config-path and --experimental-rerun are not supported; say --config-dir FOLDER, out=FOLDER"
-        )
 
 
 @contextmanager
-def _hydra(config_dir: str | None) -> Iterator[Hydra]:
+def _hydra(loader: ConfigLoader) -> Iterator[Hydra]:
     """Hydra over our groups as the process's own, which plugins and completion expect."""
-    hydra = Hydra("tuner", config_loader(config_dir))
+    hydra = Hydra("tuner", loader)
     GlobalHydra.instance().initialize(hydra)
     try:
         yield hydra
     finally:
         GlobalHydra.instance().clear()
+
+
+@contextmanager
+def _own_errors() -> Iterator[None]:
+    """Raise Hydra's errors as ours.
+
+    `instantiate` wraps what a constructor raises: a person's error is taken out, anything else is a bug and stays. The
+    others are about words, as a point of a sweep with an option that does not exist.
+    """
+    try:
+        yield
+    except HydraException as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, TunerError):
+            cause = cause.__cause__
+        if cause is not None:
+            raise cause from error
+        if isinstance(error, InstantiationException):
+            raise
+        raise ConfigError(sentence(error)) from error

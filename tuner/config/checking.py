@@ -1,4 +1,4 @@
-"""Every key against the signature that reads it, every rule across groups: all problems in one pass, in milliseconds."""
+"""Every key against the signature that reads it, every rule across groups: all problems in one pass."""
 
 from __future__ import annotations
 
@@ -13,8 +13,19 @@ from tuner.config.signatures import Signature, definitions, signature_of
 from tuner.errors import ConfigError, nearest
 
 COMPONENTS = (
-    "models peft quantization precision memory optimizers schedules distributed data tokenizers checkpoint logging"
-).split()
+    "models",
+    "peft",
+    "quantization",
+    "precision",
+    "memory",
+    "optimizers",
+    "schedules",
+    "distributed",
+    "data",
+    "tokenizers",
+    "checkpoint",
+    "logging",
+)
 """The packages of `tuner` whose classes and functions a configuration may build."""
 
 LIBRARY_CLASS = re.compile(r"(torch|bitsandbytes)\.optim\.[A-Z]\w*")
@@ -53,7 +64,9 @@ def refused_targets(node: Any, trusted: Sequence[str], path: str = "") -> Iterat
 
 def _refusal(target: Any, trusted: Sequence[str]) -> str | None:
     """Why a target may not be built, None where it may."""
-    if not isinstance(target, str) or target == MISSING:
+    if target == MISSING:
+        return "needs a value, the dotted name of a class, as torch.optim.RAdam"
+    if not isinstance(target, str):
         return "expected the dotted name of a class"
     if any(target.startswith(f"{prefix.rstrip('.')}.") for prefix in trusted if isinstance(prefix, str) and prefix):
         return None

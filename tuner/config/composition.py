@@ -17,14 +17,13 @@ from hydra._internal.utils import create_config_search_path
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.utils import setup_globals
-from hydra.errors import HydraException
 from hydra.types import RunMode
 from hydra.version import setbase
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from tuner.config.checking import problems_of
-from tuner.config.explaining import explain, one_line
+from tuner.config.explaining import COMPOSE_ERRORS, explain, one_line
 from tuner.errors import ConfigError
 
 PRIMARY = "config"
@@ -50,33 +49,45 @@ def compose(overrides: Sequence[str] = (), *, config_name: str = PRIMARY, config
     Raises:
         ConfigError: a group, option or key that does not exist, or a word that cannot be parsed.
     """
-    config = load(config_loader(config_dir), overrides, config_name)
-    with open_dict(config):
-        del config["hydra"]
-    return config
+    return without_hydra(load(config_loader(config_dir=config_dir), overrides, config_name))
 
 
-def config_loader(config_dir: str | None = None) -> ConfigLoader:
+def config_loader(conf: str | None = None, config_dir: str | None = None) -> ConfigLoader:
     """Hydra's loader over our groups.
 
+    Args:
+        conf: a folder of groups in place of ours.
+        config_dir: a further folder of groups that goes before.
+
     Raises:
-        ConfigError: `config_dir` is no folder.
+        ConfigError: one of these is no folder.
     """
     setbase("1.3")
     setup_globals()
     # Cached for each configuration: one run has one token, the next compose has another.
     OmegaConf.register_new_resolver("tuner.token", lambda: secrets.token_hex(3), use_cache=True, replace=True)
-    search_path = create_config_search_path(str(conf_dir()))
+    search_path = create_config_search_path(_folder("--config-path", conf or str(conf_dir())))
     if config_dir is not None:
-        if not Path(config_dir).is_dir():
-            raise ConfigError(f"--config-dir {config_dir}: no such folder")
         before = SearchPathQuery(provider="main")
-        search_path.prepend("command-line", f"file://{Path(config_dir).absolute()}", before)
+        search_path.prepend("command-line", f"file://{_folder('--config-dir', config_dir)}", before)
     return ConfigLoaderImpl(config_search_path=search_path)
 
 
-def load(loader: ConfigLoader, overrides: Sequence[str], config_name: str = PRIMARY) -> DictConfig:
+def load(
+    loader: ConfigLoader,
+    words: Sequence[str],
+    config_name: str = PRIMARY,
+    *,
+    command: str | None = None,
+) -> DictConfig:
     """Compose with Hydra's own node kept under `hydra`.
+
+    Args:
+        loader: of `config_loader`.
+        words: the overrides.
+        config_name: the primary configuration.
+        command: where words do not compose, the others are checked as this class of `tuner.settings`, so that a person
+            sees all problems at once.
 
     Raises:
         ConfigError: as `compose`.
@@ -86,9 +97,19 @@ def load(loader: ConfigLoader, overrides: Sequence[str], config_name: str = PRIM
         return loader.load_configuration(config_name, list(words), RunMode.RUN)
 
     try:
-        return attempt(overrides)
-    except HydraException as error:
-        raise ConfigError(explain(error, overrides, attempt)) from error
+        return attempt(words)
+    except COMPOSE_ERRORS as error:
+        problems, rest = explain(error, words, attempt)
+        if rest is not None and command is not None:
+            problems += problems_of(plain(without_hydra(rest)), command)
+        raise ConfigError(problems) from error
+
+
+def without_hydra(config: DictConfig) -> DictConfig:
+    """A configuration without Hydra's own node, which is taken out in place."""
+    with open_dict(config):
+        config.pop("hydra", None)
+    return config
 
 
 def plain(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
@@ -98,9 +119,10 @@ def plain(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
         ConfigError: an interpolation that names no key.
     """
     try:
-        container = OmegaConf.to_container(OmegaConf.create(config), resolve=True)
+        node = config if isinstance(config, DictConfig) else OmegaConf.create(dict(config))
+        container = OmegaConf.to_container(node, resolve=True)
     except OmegaConfBaseException as error:
-        raise ConfigError(one_line(error)) from error
+        raise ConfigError(f"{error.full_key or 'configuration'}: {one_line(error)}") from error
     assert isinstance(container, dict)
     return {str(key): value for key, value in container.items()}
 
@@ -119,8 +141,8 @@ def freeze(config: DictConfig) -> DictConfig:
     for key in LOCAL_PATHS:
         if isinstance(path := OmegaConf.select(frozen, key, throw_on_missing=False), str):
             OmegaConf.update(frozen, key, _absolute(path))
-    if OmegaConf.select(frozen, "train") is not None and frozen.train.num_threads is None:
-        frozen.train.num_threads = available_cpus()
+    if isinstance(train := frozen.get("train"), DictConfig) and train.get("num_threads", 0) is None:
+        train.num_threads = available_cpus()
     _settle_tracking(frozen.get("logger"))
     return frozen
 
@@ -144,6 +166,12 @@ def available_cpus() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def _folder(switch: str, folder: str) -> str:
+    if not Path(folder).is_dir():
+        raise ConfigError(f"{switch} {folder}: no such folder")
+    return str(Path(folder).absolute())
 
 
 def _absolute(path: str) -> str:

@@ -5,49 +5,70 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 
 from tuner.errors import nearest
+
+COMPOSE_ERRORS = (HydraException, ValueError)
+"""What Hydra raises for words that do not compose; ValueError where it did not expect a value, as in `model=null`."""
 
 UNKNOWN_KEY = re.compile(r"Could not override '(?P<key>[^']*)'")
 MERGE = re.compile(r"Error merging override (?P<word>.*)")
 
 
-def explain(error: HydraException, words: Sequence[str], compose: Callable[[Sequence[str]], DictConfig]) -> list[str]:
-    """One sentence for every word that is wrong.
+def explain(
+    error: Exception, words: Sequence[str], compose: Callable[[Sequence[str]], DictConfig]
+) -> tuple[list[str], DictConfig | None]:
+    """One sentence for every word that is wrong, and what the other words compose, where they do.
 
     Hydra stops at the first one, so each is taken out in turn until the rest composes.
 
     Args:
         error: what `compose(words)` raised.
         words: the overrides.
-        compose: raises `HydraException` for words that do not compose.
+        compose: raises `COMPOSE_ERRORS` for words that do not compose.
     """
     problems: list[str] = []
     unknown: list[tuple[str, str]] = []
     remaining = list(words)
     while True:
-        key, sentence = _read(error)
+        key, said = _read(error)
         culprits = [word for word in remaining if key is not None and _key_of(word) == key]
-        if sentence is not None or not culprits:
-            problems.append(sentence or one_line(error))
+        if said is None and culprits:
+            unknown += [(str(key), word) for word in culprits]
+        elif said is None and (culprits := _by_trial(error, remaining, compose)):
+            problems.append(f"{culprits[0]}: {one_line(error)}")
         else:
-            unknown += [(key or "", word) for word in culprits]
-        remaining = [word for word in remaining if word not in culprits]
+            problems.append(said or one_line(error))
         if not culprits:
-            return problems + [f"{word}: no such key" for _, word in unknown]
+            return problems + [f"{word}: no such key" for _, word in unknown], None
+        remaining = [word for word in remaining if word not in culprits]
         try:
             config = compose(remaining)
-        except HydraException as next_error:
+        except COMPOSE_ERRORS as next_error:
             error = next_error
         else:
-            return problems + [f"{word}: no such key; {_valid_beside(config, key)}" for key, word in unknown]
+            return problems + [f"{word}: no such key; {_valid_beside(config, key)}" for key, word in unknown], config
 
 
-def _read(error: HydraException) -> tuple[str | None, str | None]:
+def _by_trial(error: Exception, words: Sequence[str], compose: Callable[[Sequence[str]], DictConfig]) -> list[str]:
+    """The first word without which this error does not occur."""
+    for word in words:
+        try:
+            compose([other for other in words if other != word])
+        except COMPOSE_ERRORS as other_error:
+            if str(other_error) == str(error):
+                continue
+        return [word]
+    return []
+
+
+def _read(error: Exception) -> tuple[str | None, str | None]:
     """The key or group of the word that failed, and the sentence unless it is a key that does not exist."""
     message = str(error)
+    if isinstance(error, OverrideParseException):
+        return _key_of(error.override), f"{error.override}: cannot be read as key=value; {one_line(error)}"
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
         group, _, option = error.missing_cfg_file.rpartition("/")
         return group, f"{group}={option}: no such option; {nearest(option, error.options)}"
@@ -57,6 +78,11 @@ def _read(error: HydraException) -> tuple[str | None, str | None]:
         cause = str(error.__cause__).strip().splitlines()
         return _key_of(found["word"]), f"{found['word']}: {cause[0] if cause else 'cannot be set'}"
     return None, None
+
+
+def sentence(error: Exception) -> str:
+    """One sentence for one error, where there is nothing to compose again."""
+    return _read(error)[1] or one_line(error)
 
 
 def _key_of(word: str) -> str:

@@ -1,7 +1,7 @@
 """What values an annotation accepts, read from its source text: the types of configuration keys.
 
-The vocabulary is `int float bool str`, `Literal[...]`, `X | None`, `list[X]`, `dict[str, X]`, `Annotated[X, "> 0"]`, names
-bound to these, dataclasses (a nested group of keys) and protocols (a member of a config group, built from its
+The vocabulary is `int float bool str`, `Literal[...]`, `X | None`, `list[X]`, `dict[str, X]`, `Annotated[X, "> 0"]`,
+names bound to these, dataclasses (a nested group of keys) and protocols (a member of a config group, built from its
 `_target_`). Whatever else an annotation says is a run-time argument, as the parameters an optimizer steps.
 
 Reading text instead of importing keeps torch out of the check; pydantic over imported classes would cost seconds.

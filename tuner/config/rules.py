@@ -38,7 +38,7 @@ RULES = (
         "qlora_needs_quantization",
         ("peft.name", "quantization"),
         lambda name, quantization: name == "qlora" and quantization == "none",
-        "peft=qlora quantization={1}: QLoRA is LoRA over a quantized base; say peft=lora for LoRA over weights as they are",
+        "peft=qlora quantization={1}: QLoRA is LoRA over a quantized base; say peft=lora for weights as they are",
     ),
     Rule(
         "full_needs_dense_weights",
@@ -57,8 +57,8 @@ RULES = (
         "output_lora_on_tied_embeddings",
         ("peft.apply_lora_to_output", "model.tie_word_embeddings"),
         lambda output, tied: output and tied,
-        "peft.apply_lora_to_output=true: this model's output layer is its embedding matrix (model.tie_word_embeddings), "
-        "so an adapter on one would have to be merged into both; set it to false",
+        "peft.apply_lora_to_output=true: this model's output layer is its embedding matrix "
+        "(model.tie_word_embeddings), so an adapter on one would have to be merged into both; set it to false",
     ),
     Rule(
         "lora_rank_within_matrix",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 from tuner.config.kinds import RUN_TIME, Kind, kind_of, member, record
@@ -33,7 +33,7 @@ class Signature:
     is_open: bool = False
 
 
-@lru_cache(maxsize=None)
+@cache
 def signature_of(target: str) -> Signature:
     """The signature of `tuner.<...>.<module>.<Name>`.
 
@@ -44,7 +44,7 @@ def signature_of(target: str) -> Signature:
     return _signature(module, name)
 
 
-@lru_cache(maxsize=None)
+@cache
 def source_of(module: str) -> ast.Module:
     """Syntax tree of a module of this package."""
     root, *parts = module.split(".")
@@ -91,7 +91,7 @@ def _of_fields(module: str, node: ast.ClassDef, inherited: Signature) -> Signatu
 
 
 def _of_bases(module: str, node: ast.ClassDef) -> Signature:
-    """The first base that is ours gives the signature of a class without an `__init__`; without one there are no keys."""
+    """What a class without an `__init__` inherits from its first base of ours; without such a base, no keys."""
     for base in node.bases:
         if isinstance(base, ast.Name) and (home := _home(module, base.id)):
             return _signature(*home)
@@ -111,7 +111,7 @@ def _kind(module: str, annotation: ast.expr | None) -> Kind:
     return RUN_TIME if annotation is None else kind_of(annotation, lambda name: _named(module, name))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _named(module: str, name: str) -> Kind:
     """The kind a name stands for in a module of ours."""
     home = _home(module, name)

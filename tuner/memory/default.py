@@ -21,8 +21,9 @@ class MemoryTechniques:
     """
 
     def __init__(self, activation_checkpointing: bool | Literal["none", "full"]) -> None:
-        names = {True: "full", False: "none"}
-        self.activation_checkpointing = names.get(activation_checkpointing, activation_checkpointing)  # type: ignore[call-overload]
+        if isinstance(activation_checkpointing, bool):
+            activation_checkpointing = "full" if activation_checkpointing else "none"
+        self.activation_checkpointing = activation_checkpointing
 
     def apply(self, model: nn.Module) -> None:
         """Change `model`, whose `layers` are its transformer blocks, in place; parameters keep their names.
@@ -32,7 +33,7 @@ class MemoryTechniques:
         """
         if self.activation_checkpointing == "none":
             return
-        layers = getattr(model, "layers", None) or getattr(getattr(model, "model", None), "layers", None)
+        layers = getattr(model, "layers", None)
         if not isinstance(layers, nn.ModuleList):
             raise ModelError(f"memory.activation_checkpointing=full: {type(model).__name__} has no list of layers")
         for layer in layers:
@@ -52,4 +53,4 @@ def _checkpoint(layer: nn.Module) -> None:
             return forward(*args, **kwargs)
         return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
-    layer.forward = recomputed  # type: ignore[method-assign]
+    layer.forward = recomputed
