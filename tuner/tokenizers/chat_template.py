@@ -26,6 +26,17 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tuner.errors import ModelError
 from tuner.types import Message
 
+# What the expressions of a template can raise: they are compiled to Python's own operations
+_TEMPLATE_FAILURES = (
+    jinja2.TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+
 
 @dataclass(frozen=True)
 class ReplySpan:
@@ -73,7 +84,7 @@ class ChatTemplate:
         plain = [{"role": message["role"], "content": message["content"]} for message in messages]
         try:
             return self._template.render(messages=plain, add_generation_prompt=add_generation_prompt, **self._variables)
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:
+        except _TEMPLATE_FAILURES as error:
             reason = " ".join(str(error).split())
             raise ModelError(f"{self.origin}: the chat template fails on {_excerpt(plain)}: {reason}") from error
 
