@@ -38,6 +38,10 @@ class CheckpointError(TunerError):
     """A checkpoint that cannot be written (no room) or read (damaged, or of another run)."""
 
 
+class TrainingError(TunerError):
+    """A run whose numbers stopped making sense."""
+
+
 class Interrupted(TunerError):
     """A run that was asked to stop and has saved its state."""
 

@@ -44,7 +44,7 @@ class Train:
     clip_grad_norm: PositiveFloat | None
     log_every_steps: PositiveInt
     val_every_steps: PositiveInt | None
-    objective: str
+    objective: Literal["val_loss", "train_loss", "tokens_per_s", "peak_memory_mib", "seconds"]
     compile: bool
     num_threads: PositiveInt | None
     num_samples: NonNegativeInt

@@ -112,10 +112,16 @@ class DataSource(Protocol):
 
 @dataclass(frozen=True)
 class Batch:
-    """Right-padded examples: `tokens` and `labels` are int64 [B, T]."""
+    """Right-padded examples.
+
+    Attributes:
+        tokens, labels: int64 [B, T].
+        num_tokens: tokens that are not padding.
+    """
 
     tokens: Tensor
     labels: Tensor
+    num_tokens: int
 
     @property
     def num_trained(self) -> int:
@@ -123,7 +129,7 @@ class Batch:
         return int((self.labels[:, 1:] != IGNORE).sum())
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(self.tokens.to(device, non_blocking=True), self.labels.to(device, non_blocking=True))
+        return Batch(self.tokens.to(device, non_blocking=True), self.labels.to(device, non_blocking=True), self.num_tokens)
 
 
 @runtime_checkable
@@ -248,10 +254,70 @@ class Logger(Protocol):
 
 
 @dataclass
+class State:
+    """Everything a run changes as it goes, and so everything that resuming restores.
+
+    Attributes:
+        model: its trainable parameters change.
+        optimizer: steps them.
+        batches: the training windows; its `position` is the place in the data.
+        step: optimizer steps done.
+        tokens: tokens the model has read while training, padding excluded.
+        seconds: time spent training, evaluating and saving, over all processes.
+        train_loss: of the last step.
+        val_loss_before: validation loss before the first step.
+        before: what the model wrote for the sample prompts before the first step.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    batches: Positioned
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    train_loss: float | None = None
+    val_loss_before: float | None = None
+    before: list[str] = field(default_factory=list)
+
+
+class Positioned(Protocol):
+    """Windows of batches that can say and be told where they are."""
+
+    @property
+    def at_epoch_end(self) -> bool:
+        """Whether the window last handed out was an epoch's last."""
+
+    def state_dict(self) -> dict[str, int]: ...
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None: ...
+
+    def __next__(self) -> Sequence[Batch]: ...
+
+
+@dataclass
 class Summary:
-    """`summary.json` as a record; see the README for the meaning and the unit of each field."""
+    """`summary.json`: how a run ended.
+
+    Attributes:
+        status: `finished`, `stopped` (asked to, can be resumed) or `failed`.
+        objective: the field that `train.objective` names; what a sweep compares.
+        val_loss_before, val_loss: mean cross-entropy a trained token on the validation split, in nats.
+        train_loss: of the last step.
+        steps: optimizer steps done.
+        tokens: tokens read while training, prompts included, padding excluded.
+        tokens_per_s: of this process, padding excluded, evaluations excluded.
+        peak_memory_mib: CUDA: largest allocated memory; CPU: peak resident set of the process.
+        trainable_params, total_params: numbers of parameters, adapters included, packed ones as what they stand for.
+        seconds: from the start of the process's run to its end.
+        seconds_to_first_step: of it, what passed before training began.
+        precision, trainable_dtype, device: what really ran.
+        mlflow_run_id: None without MLflow.
+        out: the run folder.
+        reason: why it stopped or failed.
+    """
 
     status: str
+    out: str
     objective: float | None = None
     val_loss_before: float | None = None
     val_loss: float | None = None
@@ -263,7 +329,9 @@ class Summary:
     trainable_params: int = 0
     total_params: int = 0
     seconds: float = 0.0
+    seconds_to_first_step: float | None = None
+    precision: str | None = None
+    trainable_dtype: str | None = None
+    device: str | None = None
     mlflow_run_id: str | None = None
-    out: str = ""
     reason: str | None = None
-    extra: dict[str, Any] = field(default_factory=dict)

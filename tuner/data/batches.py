@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,7 +29,8 @@ def collate(samples: Sequence[Sample], pad_id: int) -> Batch:
     for row, sample in enumerate(samples):
         tokens[row, : len(sample.tokens)] = sample.tokens
         labels[row, : len(sample.labels)] = sample.labels
-    return Batch(torch.from_numpy(tokens), torch.from_numpy(labels))
+    num_tokens = sum(len(sample.tokens) for sample in samples)
+    return Batch(torch.from_numpy(tokens), torch.from_numpy(labels), num_tokens)
 
 
 def batches_by_length(samples: Sequence[Sample], batch_size: int, pad_id: int) -> list[Batch]:
@@ -100,6 +101,16 @@ class Batches:
         after = index + len(chosen)
         self.position = Position(epoch, after) if after < len(self._samples) else Position(epoch + 1, 0)
         return batches_by_length([self._samples[i] for i in chosen], self._batch_size, self._pad_id)
+
+    @property
+    def at_epoch_end(self) -> bool:
+        return self.position.index == 0 and self.position.epoch > 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.position.epoch, "index": self.position.index}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        self.position = Position(state["epoch"], state["index"])
 
     def _order_of(self, epoch: int) -> list[int]:
         if self._order is None or self._order[0] != epoch:

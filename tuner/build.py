@@ -1,0 +1,154 @@
+"""A model from its parts, in the one order that works: load, quantize, adapt, cast, checkpoint activations.
+
+Each step needs the one before: a quantizer packs loaded weights, an adapter wraps what was packed, and only then is it
+known what trains and so what is cast.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import torch
+from torch import nn
+
+from tuner.errors import ConfigError
+from tuner.models.family import config_of_folder
+from tuner.models.folder import load_weights
+from tuner.models.llama import Llama, LlamaConfig
+from tuner.models.package import cache_folder
+from tuner.models.random_weights import fill_with_random_weights
+from tuner.peft.adapter_folder import load_adapter
+from tuner.tokenizers import load_tokenizer
+from tuner.tokenizers.tiny import write_tiny_tokenizer
+from tuner.types import Peft, Precision, Quantization, Tokenizer
+
+
+class MemoryTechniques(Protocol):
+    """A member of the `memory` group."""
+
+    def apply(self, model: nn.Module) -> None: ...
+
+
+def device_of(name: str) -> torch.device:
+    """The device that `auto`, `cpu` or `cuda` means here.
+
+    Raises:
+        ConfigError: `cuda` where there is none.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device=cuda: PyTorch finds no CUDA device here; valid here: auto, cpu")
+    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
+
+
+def load_base(config: LlamaConfig, dtype: torch.dtype, device: torch.device, seed: int) -> Llama:
+    """The pretrained (or, where asked for, random) model, frozen.
+
+    Args:
+        config: as `located` returns it.
+        dtype: of the weights.
+        device: where they are and which attention kernel is used.
+        seed: of random weights.
+
+    Raises:
+        ModelError: weights that are missing, damaged or of another shape.
+    """
+    with torch.device("meta"):
+        model = config.build()
+    if config.path is None:
+        fill_with_random_weights(model, dtype, device, seed)
+    else:
+        load_weights(model, Path(config.path), dtype, device)
+    model.tie()
+    model.use_attention(device.type)
+    return model.requires_grad_(False).eval()
+
+
+def build_model(
+    base: Llama, quantization: Quantization, peft: Peft, precision: Precision, memory: MemoryTechniques
+) -> Llama:
+    """Quantize, adapt, cast and checkpoint a loaded model, in place; afterwards it is ready to train."""
+    quantization.quantize(base)
+    peft.adapt(base)
+    cast_trainable(base, precision)
+    memory.apply(base)
+    return base.train()
+
+
+def cast_trainable(model: nn.Module, precision: Precision) -> None:
+    """Hold the trainable parameters in the dtype that `precision.trainable` says.
+
+    `auto` keeps adapters in fp32, because an update smaller than 1/256 of a bf16 number vanishes, and leaves the
+    weights of full training as they are.
+
+    Raises:
+        ConfigError: full training whose weights would differ from the dtype computed in.
+    """
+    compute: torch.dtype = getattr(torch, precision.compute)
+    adapters = any(not parameter.requires_grad for parameter in model.parameters())
+    wanted = {"auto": torch.float32 if adapters else compute, "bf16": torch.bfloat16, "fp32": torch.float32}
+    dtype = wanted[precision.trainable]
+    if not adapters and dtype != compute:
+        raise ConfigError(
+            f"precision.trainable={precision.trainable} precision={precision.name} peft=full: full training computes "
+            "with the very weights it trains; say precision=fp32 or precision=bf16, and precision.trainable=auto"
+        )
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+
+
+def trainable_dtype(model: nn.Module) -> str:
+    """The dtype of what trains, as `float32`."""
+    dtypes = {str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.requires_grad}
+    return "+".join(sorted(dtypes))
+
+
+def tokenizer_of(config: LlamaConfig) -> Tokenizer:
+    """The tokenizer of a located model; random weights have the small packaged one."""
+    if config.path is not None:
+        return load_tokenizer(config.path)
+    folder = cache_folder() / "tiny-tokenizer"
+    write_tiny_tokenizer(folder)
+    return load_tokenizer(folder)
+
+
+def load_model(
+    folder: str | Path, *, dtype: torch.dtype, device: torch.device | str = "cpu", adapter: str | Path | None = None
+) -> nn.Module:
+    """See `tuner.load_model`."""
+    model = load_base(config_of_folder(Path(folder)), dtype, torch.device(device), seed=0)
+    if adapter is not None:
+        load_adapter(model, Path(adapter))
+    return model
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Total and trainable parameters; a packed weight counts as the matrix it stands for, adapters count."""
+    total = trainable = 0
+    packed = {
+        id(parameter)
+        for module in model.modules()
+        if hasattr(module, "dense_weight")
+        for parameter in module.parameters(recurse=False)
+    }
+    for module in model.modules():
+        if hasattr(module, "dense_weight"):
+            total += cast(Any, module).in_features * cast(Any, module).out_features
+            total += 0 if cast(Any, module).bias is None else cast(Any, module).out_features
+    for parameter in model.parameters():
+        if id(parameter) not in packed:
+            total += parameter.numel()
+        trainable += parameter.numel() if parameter.requires_grad else 0
+    return total, trainable
+
+
+def count_from_config(config: LlamaConfig, quantization: Quantization, peft: Peft) -> tuple[int, int]:
+    """The same from a configuration alone, on the meta device: needs no weights, only a `model.path`'s config.json."""
+    if config.path is not None:
+        config = config_of_folder(Path(config.path))
+    with torch.device("meta"):
+        model = config.build()
+        quantization.quantize(model)
+        peft.adapt(model)
+    return count_parameters(model)

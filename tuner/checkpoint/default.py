@@ -1,0 +1,151 @@
+"""Checkpoints of the training state: what resuming needs, and nothing of the frozen base.
+
+A checkpoint is a folder `checkpoints/step-00000050` that is written under another name, flushed to the disk and then
+renamed, so that it is whole or not there.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tuner.errors import CheckpointError
+from tuner.types import PositiveInt, State
+
+WEIGHTS = "trainable.safetensors"
+TRAINING = "training.pt"
+COUNTERS = ("step", "tokens", "seconds", "train_loss", "val_loss_before", "before")
+
+
+class Checkpoints:
+    """When and where the state of a run is saved.
+
+    Args:
+        resume: `auto` continues an unfinished run in `out`, `never` refuses a folder that holds one.
+        every_steps: optimizer steps between checkpoints; None saves when stopped only.
+        keep_last: how many are kept.
+    """
+
+    def __init__(self, resume: str, every_steps: PositiveInt | None, keep_last: PositiveInt) -> None:
+        self.resume = resume
+        self.every_steps = every_steps
+        self.keep_last = keep_last
+
+    def due(self, step: int) -> bool:
+        return self.every_steps is not None and step % self.every_steps == 0
+
+    def require_room(self, out: Path, state: State) -> None:
+        """Refuse to begin a run whose checkpoint the disk cannot hold: weights and two fp32 moments of what trains.
+
+        Raises:
+            CheckpointError: with the sizes.
+        """
+        trained = [p for p in state.model.parameters() if p.requires_grad]
+        needed = sum(p.numel() * (p.element_size() + 8) for p in trained)
+        existing = next(folder for folder in [out, *out.parents] if folder.is_dir())
+        if (free := shutil.disk_usage(existing).free) < needed:
+            raise CheckpointError(
+                f"no room for a checkpoint: it may take {needed / 2**20:.0f} MiB and {existing} has "
+                f"{free / 2**20:.0f} MiB free"
+            )
+
+    def save(self, out: Path, state: State) -> Path:
+        """Write `out/checkpoints/step-<step>` and drop the oldest beyond `keep_last`.
+
+        Raises:
+            CheckpointError: no room on the disk; nothing half-written is left.
+        """
+        folder = out / "checkpoints" / f"step-{state.step:08d}"
+        if folder.is_dir():
+            return folder
+        unfinished = folder.with_name(f".{folder.name}.unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        try:
+            save_file(trainable_tensors(state), unfinished / WEIGHTS)
+            torch.save(_training(state), unfinished / TRAINING)
+            for file in unfinished.iterdir():
+                _flush(file)
+            unfinished.rename(folder)
+            _flush(folder.parent)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise CheckpointError(f"{folder}: cannot be written: {error}") from error
+        for old in sorted((out / "checkpoints").glob("step-*"))[: -self.keep_last]:
+            shutil.rmtree(old)
+        return folder
+
+    def restore(self, out: Path, state: State) -> bool:
+        """Continue from the newest checkpoint of `out`; False where there is none.
+
+        Raises:
+            CheckpointError: it is damaged or of a run with other trainable parameters.
+        """
+        saved = sorted((out / "checkpoints").glob("step-*"))
+        if not saved:
+            return False
+        load_trainable(state, saved[-1])
+        try:
+            training = torch.load(saved[-1] / TRAINING, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, EOFError, ValueError) as error:
+            raise CheckpointError(f"{saved[-1] / TRAINING}: damaged: {error}") from error
+        state.optimizer.load_state_dict(training["optimizer"])
+        state.batches.load_state_dict(training["batches"])
+        for name in COUNTERS:
+            setattr(state, name, training[name])
+        torch.set_rng_state(training["rng"]["cpu"])
+        if "cuda" in training["rng"] and torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(training["rng"]["cuda"])
+        return True
+
+
+def trainable_tensors(state: State) -> dict[str, Tensor]:
+    """Every parameter that trains, by name."""
+    named = state.model.named_parameters()
+    return {name: p.detach().cpu().contiguous() for name, p in named if p.requires_grad}
+
+
+def load_trainable(state: State, checkpoint: Path) -> None:
+    """Put a checkpoint's weights into the parameters that train.
+
+    Raises:
+        CheckpointError: it is damaged or holds other parameters.
+    """
+    try:
+        tensors = load_file(checkpoint / WEIGHTS)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{checkpoint / WEIGHTS}: damaged: {error}") from error
+    parameters = {name: p for name, p in state.model.named_parameters() if p.requires_grad}
+    if differing := parameters.keys() ^ tensors.keys():
+        raise CheckpointError(f"{checkpoint}: made with other trainable parameters: {', '.join(sorted(differing)[:3])}")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
+
+
+def _training(state: State) -> dict[str, Any]:
+    rng: dict[str, Any] = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        rng["cuda"] = torch.cuda.get_rng_state_all()
+    counters = {name: getattr(state, name) for name in COUNTERS}
+    return {
+        "optimizer": state.optimizer.state_dict(),
+        "batches": state.batches.state_dict(),
+        "rng": rng,
+        **counters,
+    }
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,43 @@
+"""Ctrl-C and a scheduler's signals as a wish that the loop grants between two steps."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+
+
+class StopRequest:
+    """Whether somebody asked the run to stop; `reason` is the signal's name."""
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[StopRequest]:
+    """The first signal is remembered, so that the step is finished and saved; a second one stops at once.
+
+    Signals can only be caught in the main thread; elsewhere nothing is caught.
+    """
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        if request.reason is not None:
+            raise KeyboardInterrupt
+        request.reason = signal.Signals(number).name
+
+    before: dict[int, Any] = {number: signal.signal(number, on_signal) for number in SIGNALS}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

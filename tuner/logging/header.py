@@ -1,0 +1,70 @@
+"""The words at the beginning and at the end of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tuner.types import Summary
+
+RESULTS = {
+    "adapter": "adapter",
+    "model": "model",
+    "checkpoints": "checkpoints",
+    "metrics.jsonl": "metrics",
+    "samples.json": "samples",
+    "summary.json": "summary",
+    "run.log": "log",
+}
+
+
+def header(config: Mapping[str, Any], summary: Summary, dataset: Mapping[str, Any], total_steps: int) -> dict[str, str]:
+    """What is being trained, a line each."""
+    train, peft = config["train"], config["peft"]
+    samples = train["batch_size"] * train["gradient_accumulation_steps"]
+    share = 100 * summary.trainable_params / summary.total_params
+    keys = [f"{key.removeprefix('lora_')} {value}" for key, value in peft.items() if key in ("lora_rank", "lora_alpha")]
+    counts = ", ".join(f"{value:,} {name.replace('_', ' ')}" for name, value in dataset["counts"].items())
+    return {
+        "model": f"{_model(config['model'])}, {summary.total_params:,} parameters",
+        "method": ", ".join([peft["name"], *keys, f"quantization {_member(config['quantization'])}"]),
+        "trainable": f"{summary.trainable_params:,} parameters ({share:.2f} %), kept in {summary.trainable_dtype}",
+        "precision": f"{summary.precision} on {summary.device}",
+        "optimizer": f"{_member(config['optimizer'])}, learning rate {config['optimizer']['lr']}, "
+        f"schedule {_member(config['schedule'])}",
+        "data": f"{dataset['name']}: {counts}",
+        "steps": f"{total_steps} steps of {samples} samples ({train['batch_size']} x "
+        f"{train['gradient_accumulation_steps']})",
+        "fingerprint": str(dataset["fingerprint"])[:16],
+        "folder": summary.out,
+    }
+
+
+def saved_in(out: Path) -> dict[str, str]:
+    """Where everything is."""
+    return {title: str(out / name) for name, title in RESULTS.items() if (out / name).exists()}
+
+
+def next_commands(out: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """What to do with a finished run."""
+    commands = {
+        "generate": f'python -m tuner generate run={out} prompt="..."',
+        "evaluate": f"python -m tuner evaluate run={out}",
+    }
+    if (out / "adapter").is_dir():
+        commands["merge"] = f"python -m tuner merge run={out} dest={out / 'merged'}"
+    if uri := config["logger"].get("tracking_uri"):
+        server = uri.startswith(("http://", "https://"))
+        commands["compare"] = f"open {uri}" if server else f"mlflow ui --backend-store-uri {uri}"
+    return commands
+
+
+def _member(node: Mapping[str, Any]) -> str:
+    return str(node["_target_"]).split(".")[-2 if str(node["_target_"]).startswith("tuner.") else -1]
+
+
+def _model(node: Mapping[str, Any]) -> str:
+    if node["path"]:
+        return str(node["path"])
+    return str(node["package"] or f"random {_member(node)}")

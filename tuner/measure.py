@@ -1,0 +1,44 @@
+"""Time and memory of a run."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections import deque
+
+import torch
+
+RECENT_STEPS = 10
+
+
+class Speed:
+    """Tokens a second while training: evaluation, saving and generation do not count."""
+
+    def __init__(self) -> None:
+        self._tokens = 0
+        self._seconds = 0.0
+        self._recent: deque[tuple[int, float]] = deque(maxlen=RECENT_STEPS)
+
+    def add(self, tokens: int, seconds: float) -> None:
+        """Count one step."""
+        self._tokens += tokens
+        self._seconds += seconds
+        self._recent.append((tokens, seconds))
+
+    @property
+    def mean(self) -> float:
+        """Over all steps."""
+        return self._tokens / self._seconds
+
+    @property
+    def recent(self) -> float:
+        """Over the last ten steps."""
+        return sum(tokens for tokens, _ in self._recent) / sum(seconds for _, seconds in self._recent)
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """CUDA: the most that was allocated at once; CPU: the largest resident set of this process so far."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10

@@ -1,0 +1,132 @@
+"""Adapters on disk in the layout of Hugging Face PEFT: `adapter_model.safetensors` and `adapter_config.json`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from tuner.errors import ModelError
+from tuner.peft.lora import ADAPTER
+from tuner.peft.lora_linear import Adapter, LoRALinear
+from tuner.types import CausalLM
+
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+PREFIX = "base_model.model."
+UNSUPPORTED = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "layer_replication")
+"""Settings of PEFT which change what an adapter computes and are refused when they are set."""
+
+
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
+    """Checkpoint name and layer of every adapted linear."""
+    for slot in cast(CausalLM, model).linears():
+        if isinstance(slot.module, LoRALinear):
+            yield slot.path, slot.module
+
+
+def has_adapter(model: nn.Module) -> bool:
+    return next(lora_layers(model), None) is not None
+
+
+def save_adapter(model: nn.Module, folder: Path, *, base: str | None, extra: Mapping[str, Any]) -> None:
+    """Write what Hugging Face PEFT loads with `PeftModel.from_pretrained(base_model, folder)`.
+
+    Args:
+        model: with LoRA layers.
+        folder: made if it is not there.
+        base: the folder of the base model.
+        extra: facts for `tuner.json` beside it: what the base was quantized to while the adapter trained.
+
+    Raises:
+        ModelError: the model has no adapter.
+    """
+    layers = dict(lora_layers(model))
+    if not layers:
+        raise ModelError("this model has no adapter to save")
+    tensors = {}
+    for path, layer in layers.items():
+        adapter = cast(Adapter, layer.adapters[ADAPTER])
+        tensors[f"{PREFIX}{path}.lora_A.weight"] = adapter.A.detach().cpu().contiguous()
+        tensors[f"{PREFIX}{path}.lora_B.weight"] = adapter.B.detach().cpu().contiguous()
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": adapter.rank,
+        "lora_alpha": adapter.alpha,
+        "lora_dropout": adapter.dropout,
+        "use_rslora": adapter.use_rslora,
+        "target_modules": sorted({path.rpartition(".")[2] for path in layers}),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (folder / "tuner.json").write_text(json.dumps(dict(extra), indent=2) + "\n", encoding="utf-8")
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """`adapter_config.json`.
+
+    Raises:
+        ModelError: it is missing, not JSON, or describes something other than a plain LoRA.
+    """
+    path = folder / CONFIG
+    if not path.is_file():
+        raise ModelError(f"{folder}: no {CONFIG}, so this is no adapter folder")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path}: not JSON ({error})") from error
+    if (kind := config.get("peft_type")) != "LORA":
+        raise ModelError(f"{path}: peft_type={kind} is not supported; valid: LORA")
+    if used := [key for key in UNSUPPORTED if config.get(key)]:
+        raise ModelError(f"{path}: {', '.join(used)} cannot be loaded here")
+    if config.get("bias", "none") != "none":
+        raise ModelError(f"{path}: bias={config['bias']} is not supported; valid: none")
+    return dict(config)
+
+
+def load_adapter(model: nn.Module, folder: Path) -> None:
+    """Put an adapter, ours or one saved by PEFT, on the layers its tensors name.
+
+    Raises:
+        ModelError: a file is missing or damaged, or its tensors do not fit the model; all of them are named.
+    """
+    config = read_adapter_config(folder)
+    try:
+        tensors = load_file(folder / WEIGHTS)
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{folder / WEIGHTS}: {error}") from error
+    slots = {slot.path: slot for slot in cast(CausalLM, model).linears()}
+    pairs: dict[str, dict[str, Any]] = {}
+    unknown = []
+    for name, tensor in tensors.items():
+        path, _, part = name.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
+        if path in slots and part in ("lora_A", "lora_B"):
+            pairs.setdefault(path, {})[part] = tensor
+        else:
+            unknown.append(name)
+    incomplete = [path for path, parts in pairs.items() if len(parts) < 2]
+    if unknown or incomplete or not pairs:
+        raise ModelError(f"{folder / WEIGHTS}: does not fit the model: {', '.join(unknown + incomplete) or 'empty'}")
+    for path, parts in pairs.items():
+        base = slots[path].module
+        shape = (base.out_features, base.in_features)
+        if (parts["lora_B"].shape[0], parts["lora_A"].shape[1]) != shape:
+            raise ModelError(f"{folder / WEIGHTS}: {path} is made for another size than {list(shape)}")
+        rank, alpha = parts["lora_A"].shape[0], config["lora_alpha"]
+        dropout, rslora = config.get("lora_dropout") or 0.0, bool(config.get("use_rslora"))
+        adapter = Adapter(shape[1], shape[0], rank, alpha, dropout, rslora)
+        adapter.A.data, adapter.B.data = parts["lora_A"], parts["lora_B"]
+        device = next(base.parameters()).device
+        slots[path].replace(LoRALinear(base, {ADAPTER: adapter}).to(device).train(model.training))

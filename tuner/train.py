@@ -1,0 +1,236 @@
+"""One training run, top to bottom."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from tuner.build import build_model, count_parameters, device_of, load_base, tokenizer_of, trainable_dtype
+from tuner.checkpoint.continuation import decide
+from tuner.checkpoint.default import Checkpoints
+from tuner.config import check, freeze
+from tuner.data.batches import Batches, batches_by_length
+from tuner.errors import Interrupted
+from tuner.generation import generate
+from tuner.interruption import StopRequest, stop_on_signals
+from tuner.logging.disk import DiskLogger, Generation
+from tuner.logging.header import header, next_commands, saved_in
+from tuner.logging.run_log import RunLog
+from tuner.logging.terminal import Terminal
+from tuner.loop import Schedule, Step, evaluate, training_steps
+from tuner.measure import Speed, peak_memory_mib
+from tuner.models.family import located
+from tuner.models.llama import Llama
+from tuner.precision.resolve import resolve
+from tuner.results import finished_before, save_results
+from tuner.types import Batch, Dataset, Precision, RunInfo, State, Summary, Tokenizer
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What `prepare` makes of a configuration and `fit` trains."""
+
+    device: torch.device
+    precision: Precision
+    quantization: str
+    tokenizer: Tokenizer
+    dataset: Dataset
+    validation: Sequence[Batch]
+    state: State
+    schedule: Schedule
+    checkpoints: Checkpoints
+    total_steps: int
+    notes: Sequence[str]
+
+
+def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> Summary:
+    """Train as `cfg` says.
+
+    Args:
+        cfg: composed; it is frozen and checked here.
+        overrides: the words it was composed from, for the record.
+
+    Returns:
+        What stands in `summary.json` of the run folder.
+
+    Raises:
+        TunerError: an input that is wrong, before anything is written; Interrupted, if asked to stop (it was saved).
+    """
+    started = time.perf_counter()
+    cfg = freeze(cfg)
+    check(cfg)  # a typo costs milliseconds, not a model load
+    config = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
+    out = Path(cfg.out)
+    if decide(out, config, cfg.checkpoint.resume) == "finished":
+        return finished_before(out)
+
+    parts = prepare(cfg, out)
+    state = parts.state
+    with instantiate(cfg.distributed), stop_on_signals() as stop, Terminal(out) as terminal:
+        resumed = parts.checkpoints.restore(out, state)
+        log = RunLog(terminal, DiskLogger(out), instantiate(cfg.logger))
+        log.start(RunInfo(out, config, overrides, described(parts.dataset), resumed))
+        total, trainable = count_parameters(state.model)
+        summary = Summary("failed", str(out), total_params=total, trainable_params=trainable)
+        summary.precision, summary.trainable_dtype = parts.precision.name, trainable_dtype(state.model)
+        summary.device = str(parts.device)
+        terminal.header(header(config, summary, described(parts.dataset), parts.total_steps))
+        for note in parts.notes:
+            terminal.say(note)
+        if resumed:
+            terminal.say(f"resumed at step {state.step} of {parts.total_steps}")
+        try:
+            fit(parts, cfg, log, stop, summary, started)
+            summary.status = "finished"
+        except (Interrupted, KeyboardInterrupt) as error:
+            summary.status, summary.reason = (
+                "stopped",
+                str(error) or "interrupted at once; steps since the last checkpoint are lost",
+            )
+            raise
+        except BaseException as error:
+            summary.reason = f"{type(error).__name__}: {error}"
+            raise
+        finally:
+            summary.seconds = time.perf_counter() - started
+            log.close(summary)
+        terminal.closing(saved_in(out), next_commands(out, config))
+    return summary
+
+
+def prepare(cfg: DictConfig, out: Path) -> Parts:
+    """Tokenizer, data, model and optimizer: all that can be wrong is found here, before anything is written."""
+    torch.manual_seed(cfg.seed)
+    torch.set_num_threads(cfg.train.num_threads)
+    device = device_of(cfg.device)
+    precision, fallback = resolve(instantiate(cfg.precision), device)
+    model_config = located(instantiate(cfg.model))
+    tokenizer = tokenizer_of(model_config)
+    dataset: Dataset = instantiate(cfg.data).load(tokenizer)
+    batches = Batches(
+        dataset.train,
+        batch_size=cfg.train.batch_size,
+        accumulation=cfg.train.gradient_accumulation_steps,
+        pad_id=tokenizer.pad_id,
+        seed=cfg.seed,
+        fingerprint=dataset.fingerprint,
+    )
+    quantization = instantiate(cfg.quantization)
+    model = build_model(
+        load_base(model_config, getattr(torch, precision.compute), device, cfg.seed),
+        quantization,
+        instantiate(cfg.peft),
+        precision,
+        instantiate(cfg.memory),
+    )
+    if cfg.train.compile:
+        model.compile_layers()
+    optimizer = instantiate(cfg.optimizer)([p for p in model.parameters() if p.requires_grad])
+    checkpoints: Checkpoints = instantiate(cfg.checkpoint)
+    state = State(model, optimizer, batches)
+    checkpoints.require_room(out, state)
+    return Parts(
+        device,
+        precision,
+        quantization.name,
+        tokenizer,
+        dataset,
+        batches_by_length(dataset.validation, cfg.train.batch_size, tokenizer.pad_id),
+        state,
+        instantiate(cfg.schedule),
+        checkpoints,
+        cfg.train.max_steps or cfg.train.epochs * batches.steps_per_epoch,
+        [fallback] if fallback else [],
+    )
+
+
+def fit(parts: Parts, cfg: DictConfig, log: RunLog, stop: StopRequest, summary: Summary, started: float) -> None:
+    """Evaluate, train, evaluate, save; `summary` says at any time how far it got.
+
+    Raises:
+        Interrupted: a signal asked to stop; the state is saved.
+    """
+    state, train = parts.state, cfg.train
+    if state.step == 0:
+        state.val_loss_before = validate(parts, log)
+        state.before = write_samples(parts, train.num_samples, train.max_new_tokens)
+    summary.val_loss_before = state.val_loss_before
+    summary.seconds_to_first_step = time.perf_counter() - started
+    speed = Speed()
+    log.terminal.start(parts.total_steps, state.step)
+    for step in training_steps(
+        state, parts.schedule, total_steps=parts.total_steps, clip_grad_norm=train.clip_grad_norm, device=parts.device
+    ):
+        last = step.number == parts.total_steps
+        speed.add(step.tokens, step.seconds)
+        if last or step.number % train.log_every_steps == 0:
+            log.log(step.number, metrics(step, speed, state.tokens, parts.device))
+        if last or step.ends_epoch or (train.val_every_steps and step.number % train.val_every_steps == 0):
+            summary.val_loss = validate(parts, log)
+        record(summary, state, speed, parts.device)
+        if last or stop.reason is not None or parts.checkpoints.due(step.number):
+            saved = parts.checkpoints.save(Path(summary.out), state)
+        if stop.reason is not None and not last:
+            raise Interrupted(f"stopped by {stop.reason} after step {step.number}, saved in {saved}")
+    summary.objective = getattr(summary, train.objective)
+    log.terminal.stop()
+    after = write_samples(parts, len(state.before), train.max_new_tokens)
+    log.samples(generations(parts.dataset, state.before, after))
+    for folder in save_results(state.model, parts.tokenizer, Path(summary.out), quantization=parts.quantization):
+        log.artifact(folder)
+
+
+def validate(parts: Parts, log: RunLog) -> float:
+    """Validation loss now, logged with its perplexity."""
+    loss = evaluate(parts.state.model, parts.validation, parts.device)
+    values = {"val/loss": loss, "val/perplexity": math.exp(min(loss, 700.0))}
+    log.log(parts.state.step, {"tokens": float(parts.state.tokens), **values})
+    return loss
+
+
+def write_samples(parts: Parts, number: int, max_new_tokens: int) -> list[str]:
+    """What the model replies to the first validation dialogues."""
+    tokenizer, replies = parts.tokenizer, []
+    for dialogue in parts.dataset.dialogues[:number]:
+        prompt = tokenizer.apply_chat_template(dialogue.messages, add_generation_prompt=True)
+        model = cast(Llama, parts.state.model)
+        ids = generate(model, prompt, max_new_tokens=max_new_tokens, eos_id=tokenizer.eos_id)
+        replies.append(tokenizer.decode(ids, skip_special_tokens=True))
+    return replies
+
+
+def generations(dataset: Dataset, before: Sequence[str], after: Sequence[str]) -> list[Generation]:
+    """Prompt, true reply and the two generations of each sample, side by side."""
+    rows = zip(dataset.dialogues, before, after, strict=False)
+    return [Generation(one.messages[-1]["content"], one.reply, was, now) for one, was, now in rows]
+
+
+def metrics(step: Step, speed: Speed, tokens: int, device: torch.device) -> dict[str, float]:
+    """One line of `metrics.jsonl`."""
+    return {
+        "tokens": float(tokens),
+        "train/loss": step.loss,
+        "train/lr": step.lr,
+        "train/grad_norm": step.grad_norm,
+        "perf/tokens_per_s": speed.recent,
+        "memory/peak_mib": peak_memory_mib(device),
+    }
+
+
+def record(summary: Summary, state: State, speed: Speed, device: torch.device) -> None:
+    """Keep the summary true at every step, whatever ends the run."""
+    summary.steps, summary.tokens, summary.train_loss = state.step, state.tokens, state.train_loss
+    summary.tokens_per_s, summary.peak_memory_mib = speed.mean, peak_memory_mib(device)
+
+
+def described(dataset: Dataset) -> dict[str, Any]:
+    """What a logger says of the data."""
+    return {"name": dataset.name, "fingerprint": dataset.fingerprint, "counts": dict(dataset.counts)}
