@@ -172,4 +172,4 @@ def _plain(value: Any) -> Any:
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     if value is None or isinstance(value, str | int | float):
         return value
-    return value.item() if hasattr(value, "item") else str(value)  # numpy and torch scalars; paths, dates
+    return _plain(value.item()) if hasattr(value, "item") else str(value)  # numpy and torch scalars; paths, dates

@@ -101,6 +101,7 @@ class MlflowRun:
             self.record(complete=False)
             run = self.client.get_run(self.run_id)
             self._params: dict[str, str] = dict(run.data.params)
+            self._latest: dict[str, tuple[int, float | None]] = {}  # `tokens` stands in several lines of one step
             self._points = {key: self._history(key) for key in run.data.metrics if not key.startswith("system/")}
             if run.info.status != "RUNNING":
                 self.client.update_run(self.run_id, status="RUNNING")
@@ -134,22 +135,17 @@ class MlflowRun:
             self.client.log_inputs(self.run_id, datasets=[DatasetInput(dataset=entry, tags=[])])
 
     def metrics(self, rows: Iterable[Row]) -> int:
-        """Send what the run does not hold yet; returns how many points that were."""
-        from mlflow.entities import Metric
-
-        points = [
-            (sanitise(key), float(value), row)
-            for row in rows
-            for key, value in row.metrics.items()
-            if value is not None
-        ]
-        new = [
-            (key, value, row) for key, value, row in points if _point(row.step, value) not in self._points.get(key, ())
-        ]
-        with self._patient():
-            for batch in _batches(new, _METRICS_A_BATCH):
-                metrics = [Metric(key, value, int(row.time * 1000), row.step) for key, value, row in batch]
-                self.client.log_batch(self.run_id, metrics=metrics)
+        """Send what the run does not hold yet; returns how many values that were."""
+        new = []
+        latest = dict(self._latest)
+        for row in rows:
+            for key, value in ((sanitise(key), float(value)) for key, value in row.metrics.items()):
+                point = _point(row.step, value)
+                if latest.get(key) != point and point not in self._points.get(key, ()):
+                    new.append((key, value, row))
+                latest[key] = point
+        self._send(new)
+        self._latest = latest
         return len(new)
 
     def artifact(self, path: Path) -> None:
@@ -175,6 +171,14 @@ class MlflowRun:
     def record(self, complete: bool) -> None:
         """Write `mlflow.json`."""
         MlflowRecord(self.tracking_uri, self.experiment, self.run_id, complete).write(self.out)
+
+    def _send(self, points: Sequence[tuple[str, float, Row]]) -> None:
+        from mlflow.entities import Metric
+
+        with self._patient():
+            for batch in _batches(points, _METRICS_A_BATCH):
+                metrics = [Metric(key, value, int(row.time * 1000), row.step) for key, value, row in batch]
+                self.client.log_batch(self.run_id, metrics=metrics)
 
     def _known_run(self) -> str | None:
         from mlflow.exceptions import MlflowException
