@@ -68,7 +68,10 @@ def _read(error: Exception) -> tuple[str | None, str | None]:
     """The key or group of the word that failed, and the sentence unless it is a key that does not exist."""
     message = str(error)
     if isinstance(error, OverrideParseException):
-        return _key_of(error.override), f"{error.override}: cannot be read as key=value; {one_line(error)}"
+        word = error.override
+        return _key_of(
+            word
+        ), f"{word}: cannot be read as key=value; quote what holds special characters: key='\"value\"'"
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
         group, _, option = error.missing_cfg_file.rpartition("/")
         return group, f"{group}={option}: no such option; {nearest(option, error.options)}"
