@@ -140,6 +140,7 @@ class BackgroundLogger(ABC):
                     self._facts.update(self.open(run))
                     opened = True
                 self._send()
+                self._problem = None  # what has healed before it was said need not be said
                 pause_s = self._flush_every_s
             except Exception as problem:
                 self._problem = problem

@@ -95,7 +95,7 @@ class MlflowRun:
         self.experiment = experiment
         self._timeout_s = connect_timeout_s
         with self._patient():
-            self.client, experiment_id = _open_store(tracking_uri, experiment, connect_timeout_s)
+            self.client, experiment_id = open_store(tracking_uri, experiment, connect_timeout_s)
             known = self._known_run()
             self.run_id = known or self._new_run(experiment_id, run_name or out.name, tags, parent_run_id, start_s)
             self.record(complete=False)
@@ -219,7 +219,7 @@ def params_of(config: Mapping[str, Any]) -> dict[str, str]:
     """The config as MLflow takes it: flat, every key allowed and unique, values of at most 6,000 characters."""
     params: dict[str, str] = {}
     for key, value in flatten(config).items():
-        params[_free(sanitise(key), params)] = str(value)[:MAX_VALUE_CHARACTERS]
+        params[_free(sanitise(key), params)] = without_password(str(value))[:MAX_VALUE_CHARACTERS]
     return params
 
 
@@ -262,12 +262,12 @@ def sqlite_file(tracking_uri: str) -> Path | None:
 
 
 def without_password(tracking_uri: str) -> str:
-    """The address as it may be shown."""
-    return re.sub(r"//[^/@]*@", "//***@", tracking_uri)
+    """The address as it may be shown: user and password of `scheme://user:password@host` starred out."""
+    return re.sub(r"(?<=://)[^/@\s]+@", "***@", tracking_uri)
 
 
-def _open_store(tracking_uri: str, experiment: str, timeout_s: float) -> tuple[MlflowClient, str]:
-    """A client and the id of the experiment, made if it is not there.
+def open_store(tracking_uri: str, experiment: str, timeout_s: float) -> tuple[MlflowClient, str]:
+    """A client of the store and the id of the experiment; both are made if they are not there.
 
     A fresh SQLite store that several processes open at once crashes some of them in its migrations, so the file is
     opened under a lock next to it. Its artifacts lie next to it as well, not in the folder a process happens to be in.

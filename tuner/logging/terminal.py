@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
@@ -82,8 +82,7 @@ class Terminal:
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Show logged metrics: training ones move the bar, those of an evaluation are a line of their own."""
-        numbers = "  ".join(_number(key, value) for key, value in metrics.items() if key in _SHOWN)
-        line = f"step {step}/{self._total_steps}  {numbers}"
+        line = f"step {step}/{self._total_steps}  {_numbers(metrics, _SHOWN)}"
         if any(key.startswith("val/") for key in metrics):
             self.say(line)
         elif self._bar is None:
@@ -91,7 +90,7 @@ class Terminal:
         else:
             self._log.print(line, soft_wrap=True)
             progress, task = self._bar
-            progress.update(task, completed=step, numbers=numbers)
+            progress.update(task, completed=step, numbers=_numbers(metrics, _ON_THE_BAR))
         self._file.flush()
 
     def say(self, text: str) -> None:
@@ -101,7 +100,8 @@ class Terminal:
         self._file.flush()
 
     def samples(self, generations: Sequence[Generation]) -> None:
-        """Prompt, true reply and what the model wrote before and after, side by side."""
+        """Prompt, true reply and what the model wrote before and after, side by side; ends the bar."""
+        self.stop()
         self._print(_table(generations))
 
     def closing(self, saved: Mapping[str, str], commands: Mapping[str, str]) -> None:
@@ -159,15 +159,18 @@ _SHOWN = {
 }
 """Metrics worth a place on the line, in words, and what to multiply them by."""
 
+_ON_THE_BAR = ("train/loss", "perf/tokens_per_s", "memory/peak_mib")
+"""What fits beside a bar in 80 columns."""
+
 
 def printable(text: str) -> str:
     """`text` with control characters spelled out: a model can generate the codes that clear a terminal."""
     return "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text)
 
 
-def _number(key: str, value: float) -> str:
-    words, factor = _SHOWN[key]
-    return words.format(value * factor)
+def _numbers(metrics: Mapping[str, float], names: Iterable[str]) -> str:
+    shown = {name: _SHOWN[name] for name in names if name in metrics}
+    return "  ".join(words.format(metrics[name] * factor) for name, (words, factor) in shown.items())
 
 
 def _duration(seconds: float) -> str:
@@ -205,7 +208,7 @@ def _progress(console: Any) -> Progress:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     return Progress(
-        BarColumn(bar_width=20),
+        BarColumn(bar_width=16),
         MofNCompleteColumn(),
         TextColumn("{task.fields[numbers]}", markup=False),
         TimeRemainingColumn(compact=True),
