@@ -144,6 +144,25 @@ def test_a_persons_error_while_training_is_one_line(runs: Runs, capsys: pytest.C
     assert capsys.readouterr() == ("", "error: no room\n")
 
 
+def test_an_error_before_anything_was_written_leaves_no_folder(runs: Runs, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    runs.then = fail(CheckpointError("no room"))
+    assert tuner_command("model=tiny") == 2
+    assert tuner_command("model=tiny", "out=mine") == 2
+    assert tuner_command("model=tiny", "out=mine/a/b") == 2
+    assert list(tmp_path.rglob("*")) == [tmp_path / "mine"], "what was there stays"
+
+
+def test_an_error_later_leaves_what_was_written(runs: Runs, tmp_path: Path) -> None:
+    def then(cfg: DictConfig) -> None:
+        (Path(cfg.out) / "config.yaml").write_text("seed: 0\n")
+        raise CheckpointError("no room")
+
+    runs.then = then
+    assert tuner_command("model=tiny", """out="it's, (mine)" """.strip()) == 2
+    assert [path.name for path in (tmp_path / "it's, (mine)").iterdir()] == ["config.yaml"]
+
+
 def test_debug_shows_its_traceback(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
     runs.then = fail(CheckpointError("no room"))
     assert tuner_command("model=tiny", debug=True) == 2
@@ -242,21 +261,33 @@ def test_cp_copies_and_never_overwrites(tmp_path: Path, capsys: pytest.CaptureFi
     assert (tmp_path / "mine/lora.yaml").read_text() == "edited"
 
 
+TINY = """hidden_size=64 intermediate_size=160 num_hidden_layers=2 num_attention_heads=4 num_key_value_heads=2
+    head_dim=16 vocab_size=300 tie_word_embeddings=false"""
+EMBEDDINGS, NORMS = 2 * 300 * 64, 64
+LAYER = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 160 + 2 * 64
+ADAPTERS = 8 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 160))
+
+
 @pytest.mark.parametrize(
-    ("words", "counts"),
+    ("words", "total", "trainable"),
     [
-        # V D + 2 (2 D² + 2 D K E + 3 D I + 2 D) + D + V D, and 8 (in + out) for each adapted matrix
-        (["model=tiny", "peft=full"], "total_params: 127552\ntrainable_params: 127552\n"),
-        (["model=tiny"], "total_params: 143424\ntrainable_params: 15872\n"),
-        (["model=llama2_7b", "peft=full"], "total_params: 6738415616\ntrainable_params: 6738415616\n"),
+        (["peft=full"], EMBEDDINGS + NORMS + 2 * LAYER, EMBEDDINGS + NORMS + 2 * LAYER),
+        ([], EMBEDDINGS + NORMS + 2 * (LAYER + ADAPTERS), 2 * ADAPTERS),
+        (["peft=qlora"], EMBEDDINGS + NORMS + 2 * (LAYER + ADAPTERS), 2 * ADAPTERS),
     ],
-    ids=["tiny full", "tiny lora", "7B"],
+    ids=["full", "lora", "qlora"],
 )
-def test_validate_counts_without_weights(
-    words: list[str], counts: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_validate_counts_a_tiny_model(
+    words: list[str], total: int, trainable: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert tuner_command("validate", *words) == 0
-    assert capsys.readouterr().out == counts
+    shape = [f"model.{word}" for word in TINY.split()]
+    assert tuner_command("validate", "model=tiny", *shape, *words) == 0
+    assert capsys.readouterr().out == f"total_params: {total}\ntrainable_params: {trainable}\n"
+
+
+def test_validate_counts_a_large_model_without_its_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tuner_command("validate", "model=llama2_7b", "peft=full") == 0
+    assert capsys.readouterr().out == "total_params: 6738415616\ntrainable_params: 6738415616\n"
     assert list(tmp_path.iterdir()) == []
 
 

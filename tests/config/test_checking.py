@@ -56,6 +56,7 @@ RULE_ROWS = [
     ("lora_adapts_something", ["peft.lora_attn_modules=[]", "peft.apply_lora_to_mlp=false"], "name at least one of"),
     ("output_lora_on_tied_embeddings", ["peft.apply_lora_to_output=true"], "is its embedding matrix"),
     ("lora_rank_within_matrix", ["peft.lora_rank=193"], "side of an adapted matrix, 192; valid: 1 to 192"),
+    ("full_trains_what_it_computes_with", ["peft=full", "precision.trainable=bf16"], "say precision=bf16, or"),
     ("warmup_within_run", ["schedule.warmup_steps=61"], "61: longer than the run, train.max_steps=60"),
     ("sequence_within_context", ["data.max_seq_len=8193"], "longer than the model's context, 8192 tokens"),
 ]

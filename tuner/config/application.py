@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from hydra._internal.hydra import Hydra
@@ -100,6 +101,7 @@ class Application:
         composed = load(hydra.config_loader, words, self.config_name, command=self.settings)
         if composed.hydra.mode == RunMode.MULTIRUN:
             return self._sweep(hydra, words)
+        folder = Path(composed.hydra.run.dir).absolute()
         config = without_hydra(composed)
         if not self.makes_folder:
             return self._call(config, words)
@@ -113,9 +115,10 @@ class Application:
                 # Hydra would print a line of its own about an error that it hands on.
                 raised.append(error)
 
-        result = hydra.run(self.config_name, task, [*words, "hydra.mode=RUN"])
-        if raised:
-            raise raised[0]
+        with _taken_away_if_empty(folder):
+            result = hydra.run(self.config_name, task, [*words, "hydra.mode=RUN", f"hydra.run.dir={quoted(folder)}"])
+            if raised:
+                raise raised[0]
         return result.return_value
 
     def _sweep(self, hydra: Hydra, words: list[str]) -> None:
@@ -139,6 +142,25 @@ def _first_point(words: list[str]) -> list[str]:
     swept = [override for override in overrides if override.is_sweep_override()]
     first = [f"{o.get_key_element()}={next(o.sweep_string_iterator())}" for o in swept if o.is_discrete_sweep()]
     return [str(override.input_line) for override in overrides if override not in swept] + first
+
+
+def quoted(value: object) -> str:
+    """A value as Hydra's override grammar reads it back unchanged."""
+    text = str(value).replace("\\", "\\\\") if str(value).endswith("\\") else str(value)
+    return "'" + text.replace("'", "\\'") + "'"
+
+
+@contextmanager
+def _taken_away_if_empty(folder: Path) -> Iterator[None]:
+    """After an error, remove `folder` and its parents as far as they are new and nothing was written into them."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        yield
+    except BaseException:
+        for path in new:
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
+        raise
 
 
 def _in_hydras_folder(config: DictConfig) -> DictConfig:

@@ -67,6 +67,13 @@ RULES = (
         "peft.lora_rank={0}: larger than the smallest side of an adapted matrix, {1}; valid: 1 to {1}",
     ),
     Rule(
+        "full_trains_what_it_computes_with",
+        ("peft", "precision", "precision.trainable"),
+        lambda peft, precision, trainable: peft == "full" and trainable not in ("auto", precision),
+        "precision.trainable={2} precision={1} peft=full: full training computes with the very weights it trains; "
+        "say precision={2}, or precision.trainable=auto",
+    ),
+    Rule(
         "warmup_within_run",
         ("schedule.warmup_steps", "train.max_steps"),
         lambda warmup, steps: steps is not None and warmup > steps,

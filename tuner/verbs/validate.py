@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from tuner.build import count_parameters
+from tuner.build import count_from_config
 
 
 def validate(cfg: DictConfig, overrides: list[str]) -> str:
@@ -13,5 +14,5 @@ def validate(cfg: DictConfig, overrides: list[str]) -> str:
     Raises:
         TunerError: a model that cannot be built or adapted as `cfg` says.
     """
-    total, trainable = count_parameters(cfg)
+    total, trainable = count_from_config(*(instantiate(cfg[group]) for group in ("model", "quantization", "peft")))
     return f"total_params: {total}\ntrainable_params: {trainable}"
