@@ -28,6 +28,7 @@ SAMPLE = Generation("def [bold]f[/bold](x)", "Return :x: squared.", "\x1b[2JHmm"
 def _whole_run(out: Path) -> None:
     with Terminal(out) as terminal:
         terminal.header({"model": "smollm2_135m", "trainable": "2,442,240"})
+        terminal.step(0, {"val/loss": 3.0})
         terminal.start(total_steps=20, done_steps=18)
         terminal.step(19, METRICS)
         terminal.step(20, METRICS)
@@ -44,6 +45,7 @@ def test_plain_lines_where_stdout_is_not_a_terminal(tmp_path: Path, capsys: pyte
     (first,) = [line for line in lines if line.startswith("step 19/20")]
     for part in ("loss 2.3457", "lr 1.00e-03", "grad norm 1.25", "1,234 tokens/s", "peak 1.50 GiB", "eta 0:00"):
         assert part in first
+    assert "step 0  validation loss 3.0000" in lines
     assert "step 20/20  validation loss 2.5000  perplexity 12.180" in lines
     assert any("smollm2_135m" in line for line in lines)
     assert f"  adapter  {tmp_path}/adapter" in lines

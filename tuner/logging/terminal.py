@@ -82,7 +82,8 @@ class Terminal:
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Show logged metrics: training ones move the bar, those of an evaluation are a line of their own."""
-        line = f"step {step}/{self._total_steps}  {_numbers(metrics, _SHOWN)}"
+        of = f"/{self._total_steps}" if self._total_steps else ""  # before the first step the total is not known
+        line = f"step {step}{of}  {_numbers(metrics, _SHOWN)}"
         if any(key.startswith("val/") for key in metrics):
             self.say(line)
         elif self._bar is None:
