@@ -221,9 +221,11 @@ def test_a_fresh_run_in_the_same_folder_is_another_mlflow_run(
     assert len(_runs(store)) == 2
 
 
-def test_a_trial_stands_under_its_sweep(store: str, run_info: MakeInfo, mlflow_logger: MakeLogger) -> None:
+def test_a_trial_stands_under_its_sweep(
+    store: str, run_info: MakeInfo, mlflow_logger: MakeLogger, tmp_path: Path
+) -> None:
     client = MlflowClient(store)
-    parent = client.create_run(client.create_experiment("sweep")).info.run_id
+    parent = client.create_run(client.create_experiment("sweep", (tmp_path / "sweep").as_uri())).info.run_id
     facts = _train(run_info(), mlflow_logger(store, experiment="sweep", run_name="trial 3", parent_run_id=parent))
     run = client.get_run(facts["mlflow_run_id"])
     assert run.data.tags["mlflow.parentRunId"] == parent
