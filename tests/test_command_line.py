@@ -109,6 +109,7 @@ WRONG = [
     (["merge", "dest=a", "merge_into=both"], "merge_into=both: expected one of dequantized, original"),
     (["--cfg", "job", "seeed=1"], "seeed=1: no such key; did you mean seed?"),
     (["--cfg", "job", "--multirun"], "--multirun --cfg: only one of these at a time"),
+    (["--shell-completion"], "say install=SHELL, uninstall=SHELL or query=SHELL"),
     (["--config-dir", "nowhere"], "--config-dir nowhere: no such folder"),
     (["ls", "optimizers"], "ls optimizers: no such group; did you mean optimizer?"),
     (["cp", "lora"], "cp takes NAME DEST; given: lora"),

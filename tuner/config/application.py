@@ -78,6 +78,8 @@ class Application:
         if args.hydra_help:
             return lambda: hydra.hydra_help(config_name=name, args_parser=parser, args=args)
         if args.shell_completion:
+            if not words or words[0].partition("=")[0] not in ("install", "uninstall", "query"):
+                raise ConfigError("--shell-completion: say install=SHELL, uninstall=SHELL or query=SHELL")
             return lambda: hydra.shell_completion(config_name=name, overrides=words)
         if args.cfg:
             return lambda: hydra.show_cfg(name, words, args.cfg, args.package, args.resolve)

@@ -1,7 +1,7 @@
 """From words to a configuration: `compose` them, `freeze` what would differ elsewhere, `check` every key.
 
 Composing goes through Hydra's loader itself and not through `hydra.initialize`, which owns one global state for the
-process: this works inside another Hydra application, in a notebook and in a test, and leaves nothing behind.
+process: this works inside another Hydra application, in a notebook and in a test.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tuner.errors import ConfigError
 
 PRIMARY = "config"
 LOCAL_PATHS = ("model.path", "data.path")
-"""Keys that name a file or folder, made absolute when the configuration is frozen."""
+"""Keys that name a file or folder, made absolute by `freeze`."""
 
 
 def conf_dir() -> Path:

@@ -77,7 +77,7 @@ RULES = (
         "warmup_within_run",
         ("schedule.warmup_steps", "train.max_steps"),
         lambda warmup, steps: steps is not None and warmup > steps,
-        "schedule.warmup_steps={0}: longer than the run, train.max_steps={1}",
+        "schedule.warmup_steps={0}: longer than the run, train.max_steps={1}; say schedule.warmup_steps=0",
     ),
     Rule(
         "sequence_within_context",
