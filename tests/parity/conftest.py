@@ -1,0 +1,84 @@
+"""Random Llamas made and saved by transformers, and texts and batches to run both implementations on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tuner.types import IGNORE, Batch
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 131,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.15,  # large enough that attention and gates leave their linear range
+}
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _quiet_and_offline() -> Iterator[None]:
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    yield
+
+
+@pytest.fixture(scope="session")
+def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`llama_folder(hidden_size=40, ...)`: a folder that transformers wrote, with the changed keys of SHAPE."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    made: dict[str, Path] = {}
+
+    def folder(**changed: Any) -> Path:
+        key = repr(sorted(changed.items()))
+        if key not in made:
+            torch.manual_seed(len(made))
+            model = LlamaForCausalLM(LlamaConfig(**{**SHAPE, **changed}))
+            with torch.no_grad():  # zero biases and norms of one would hide whether they are used at all
+                for parameter in model.parameters():
+                    if parameter.dim() == 1:
+                        parameter.add_(0.2 * torch.randn_like(parameter))
+            made[key] = tmp_path_factory.mktemp("llama")
+            model.save_pretrained(made[key])
+        return made[key]
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def reference() -> Callable[..., Any]:
+    """transformers' model of a folder, with its plainest attention."""
+    from transformers import AutoModelForCausalLM
+
+    def load(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def padded() -> Callable[..., tuple[Batch, Tensor]]:
+    """Rows of different lengths, right-padded, some labels ignored; with transformers' attention mask."""
+
+    def make(vocab_size: int, lengths: tuple[int, ...] = (33, 7, 21, 1), seed: int = 5) -> tuple[Batch, Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        shape = (len(lengths), max(lengths))
+        tokens = torch.randint(0, vocab_size, shape, generator=generator)
+        mask = torch.arange(shape[1]) < torch.tensor(lengths)[:, None]
+        prompt = torch.rand(shape, generator=generator) < 0.3
+        labels = tokens.masked_fill(~mask | prompt, IGNORE)
+        return Batch(tokens, labels, int(mask.sum())), mask
+
+    return make
