@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,11 @@ SHAPE: dict[str, Any] = {
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _quiet_and_offline() -> Iterator[None]:
+def _quiet() -> None:
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    yield
 
 
 @pytest.fixture(scope="session")

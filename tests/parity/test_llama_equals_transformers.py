@@ -113,7 +113,7 @@ def test_bf16_is_as_close_to_fp32_as_transformers(
         found = tuner.load_model(folder, dtype=torch.bfloat16)(batch.tokens)[mask]
     assert found.dtype == torch.bfloat16
     ours_off, theirs_off = (found - exact).square().mean().sqrt(), (theirs - exact).square().mean().sqrt()
-    # Rounding errors of two orders of the same sums are equally large, not equal: 219 rows leave some percent of chance.
+    # Two orders of the same sums round to equally large errors, not to equal ones; 219 rows leave some chance.
     assert ours_off <= 1.15 * theirs_off
     assert ours_off <= 0.03 * exact.std()  # bf16 keeps 8 bits, some dozen roundings in a row
 

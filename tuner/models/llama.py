@@ -73,14 +73,15 @@ class LlamaConfig:
         Raises:
             ModelError: a missing key, or a value that this family would otherwise ignore.
         """
+        where = f"{path}/config.json" if path else "config.json"
         rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default":
-            raise ModelError(f"config.json: rope_type={kind!r} is not supported; valid: default")
+            raise ModelError(f"{where}: rope_type={kind!r} is not supported; valid: default")
         if (activation := config.get("hidden_act", "silu")) != "silu":
-            raise ModelError(f"config.json: hidden_act={activation!r} is not supported; valid: silu")
+            raise ModelError(f"{where}: hidden_act={activation!r} is not supported; valid: silu")
         if missing := [key for key in REQUIRED_KEYS if key not in config]:
-            raise ModelError(f"config.json lacks {', '.join(missing)}")
+            raise ModelError(f"{where} lacks {', '.join(missing)}")
         heads = config["num_attention_heads"]
         return cls(
             path=path,
@@ -199,7 +200,8 @@ class Llama(nn.Module):
         super().__init__()
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         if heads % kv_heads:
-            raise ModelError(f"{heads} heads cannot share {kv_heads} key/value heads evenly")
+            whose = f"{config.path}: " if config.path else "model."
+            raise ModelError(f"{whose}num_key_value_heads={kv_heads} does not divide num_attention_heads={heads}")
         if config.head_dim is None and config.hidden_size % heads:
             raise ModelError(f"hidden_size={config.hidden_size} is no multiple of {heads} heads: give model.head_dim")
         self.config = config
@@ -252,6 +254,11 @@ class Llama(nn.Module):
         for slot in self.linears():
             if slot.role != "output":
                 yield slot.parent, slot.name, slot.module  # type: ignore[misc]
+
+    def compile_layers(self) -> None:
+        """Compile each layer with `torch.compile`; one compilation serves all, since their code is the same."""
+        for layer in self.model.layers:
+            layer.compile()
 
     def use_attention(self, device_type: str) -> None:
         """Choose the attention kernel for `cpu` or `cuda`."""

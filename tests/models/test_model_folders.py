@@ -1,0 +1,244 @@
+"""Hugging Face folders: what is read and written, and how everything that is wrong with one is named."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import tuner
+from tuner.build import load_base
+from tuner.errors import CheckpointError, ModelError
+from tuner.models import folder as model_folder
+from tuner.models.folder import INDEX, SINGLE, save_weights
+from tuner.models.llama import Llama, LlamaConfig
+from tuner.results import plain_tensors
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 61,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+
+
+def random_llama(**changed: Any) -> Llama:
+    config = LlamaConfig.from_hugging_face({**SHAPE, **changed}, None)
+    return load_base(config, torch.float32, torch.device("cpu"), seed=3)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    model = random_llama()
+    save_weights(tmp_path / "model", model.config.to_hugging_face(), plain_tensors(model))
+    return tmp_path / "model"
+
+
+def edit_config(folder: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    edit(config)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def edit_tensors(folder: Path, edit: Callable[[dict[str, Tensor]], Any]) -> None:
+    tensors = load_file(folder / SINGLE)
+    edit(tensors)
+    save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
+
+
+def refusal(folder: Path) -> str:
+    with pytest.raises(ModelError) as caught:
+        tuner.load_model(folder, dtype=torch.float32)
+    assert "\n" not in str(caught.value)
+    assert str(folder) in str(caught.value)
+    return str(caught.value)
+
+
+def logits(folder: Path) -> Tensor:
+    with torch.no_grad():
+        return tuner.load_model(folder, dtype=torch.float32)(torch.arange(20)[None])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_is_saved_loads_as_it_was(tmp_path: Path, tied: bool) -> None:
+    model = random_llama(tie_word_embeddings=tied, attention_bias=True, mlp_bias=True, head_dim=8)
+    save_weights(tmp_path, model.config.to_hugging_face(), plain_tensors(model))
+    loaded = tuner.load_model(tmp_path, dtype=torch.float32)
+    assert isinstance(loaded, Llama)
+    assert loaded.tied is tied
+    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) is tied
+    assert not any(p.requires_grad for p in loaded.parameters())
+    before, after = model.state_dict(), loaded.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_the_asked_dtype_is_loaded(folder: Path) -> None:
+    model = tuner.load_model(folder, dtype=torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("theta", [10_000.0, 700.0])
+def test_both_generations_of_config_mean_the_same(folder: Path, theta: float) -> None:
+    def version_4(config: dict[str, Any]) -> None:
+        config.pop("rope_parameters")
+        config.update(rope_theta=theta, rope_scaling=None, torch_dtype="float32")
+        config.pop("dtype")
+
+    def version_5(config: dict[str, Any]) -> None:
+        for key in ("rope_theta", "rope_scaling", "torch_dtype"):
+            config.pop(key, None)
+        config.update(rope_parameters={"rope_type": "default", "rope_theta": theta}, dtype="float32")
+
+    default = logits(folder)
+    original = (folder / "config.json").read_text()
+    edit_config(folder, version_4)
+    old = logits(folder)
+    (folder / "config.json").write_text(original)
+    edit_config(folder, version_5)
+    assert torch.equal(old, logits(folder))
+    assert torch.equal(old, default) is (theta == 10_000.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_type='yarn' is not supported; valid: "),
+        ({"rope_parameters": None, "rope_scaling": {"type": "linear"}}, "rope_type='linear' is not supported; valid: "),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported; valid: silu"),
+        ({"model_type": "lama"}, "model_type=lama is not supported; did you mean llama? valid: "),
+        ({"num_key_value_heads": 3}, "num_key_value_heads=3 does not divide num_attention_heads=4"),
+    ],
+)
+def test_a_config_it_cannot_do_is_refused(folder: Path, change: dict[str, Any], said: str) -> None:
+    edit_config(folder, lambda config: config.update(change))
+    assert said in refusal(folder)
+
+
+def test_missing_keys_are_all_named(folder: Path) -> None:
+    edit_config(folder, lambda config: [config.pop(key) for key in ("vocab_size", "hidden_size")])
+    assert "lacks vocab_size, hidden_size" in refusal(folder)
+
+
+def test_a_folder_that_is_none_is_refused(tmp_path: Path) -> None:
+    assert "no such folder" in refusal(tmp_path / "nowhere")
+    assert "no config.json" in refusal(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    assert "not JSON" in refusal(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    assert "not a JSON object" in refusal(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **SHAPE}))
+    assert f"no {SINGLE} and no {INDEX}" in refusal(tmp_path)
+
+
+def test_every_tensor_that_does_not_fit_is_named(folder: Path) -> None:
+    def damage(tensors: dict[str, Tensor]) -> None:
+        del tensors["model.norm.weight"], tensors["model.layers.1.mlp.up_proj.weight"]
+        tensors["model.layers.2.mlp.up_proj.weight"] = torch.zeros(2, 3)
+        tensors["model.layers.0.self_attn.q_proj.bias"] = torch.zeros(24)
+        tensors["model.layers.0.self_attn.k_proj.weight"] = torch.zeros(24, 24)
+
+    edit_tensors(folder, damage)
+    said = refusal(folder)
+    assert "missing model.norm.weight [24]" in said
+    assert "missing model.layers.1.mlp.up_proj.weight [40, 24]" in said
+    assert "unexpected model.layers.2.mlp.up_proj.weight [2, 3]" in said
+    assert "unexpected model.layers.0.self_attn.q_proj.bias [24]" in said
+    assert "model.layers.0.self_attn.k_proj.weight is [24, 24] and should be [12, 24]" in said
+
+
+def test_an_untied_head_that_is_missing_is_named(folder: Path) -> None:
+    edit_tensors(folder, lambda tensors: tensors.pop("lm_head.weight"))
+    assert "missing lm_head.weight [61, 24]" in refusal(folder)
+
+
+def test_a_tied_folder_may_hold_the_head_twice(folder: Path) -> None:
+    edit_config(folder, lambda config: config.update(tie_word_embeddings=True))
+    model = tuner.load_model(folder, dtype=torch.float32)
+    assert isinstance(model, Llama)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("kept", [0, 5, 100, -1])
+def test_a_truncated_file_is_named(folder: Path, kept: int) -> None:
+    whole = (folder / SINGLE).read_bytes()
+    (folder / SINGLE).write_bytes(whole[:kept])
+    said = refusal(folder)
+    assert f"{folder / SINGLE}: truncated" in said
+
+
+def test_a_file_of_another_kind_is_named(folder: Path) -> None:
+    (folder / SINGLE).write_bytes((20).to_bytes(8, "little") + b"no json at all......" + bytes(80))
+    assert f"{folder / SINGLE}: no safetensors file" in refusal(folder)
+
+
+@pytest.fixture
+def sharded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Llama, Path]:
+    monkeypatch.setattr(model_folder, "MAX_SHARD_BYTES", 20_000)
+    model = random_llama(attention_bias=True)
+    save_weights(tmp_path / "sharded", model.config.to_hugging_face(), plain_tensors(model))
+    return model, tmp_path / "sharded"
+
+
+def test_shards_are_numbered_indexed_and_small(sharded: tuple[Llama, Path]) -> None:
+    model, folder = sharded
+    files = sorted(folder.glob("*.safetensors"))
+    assert len(files) > 2
+    assert [f.name for f in files] == [
+        f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, 1 + len(files))
+    ]
+    index = json.loads((folder / INDEX).read_text())
+    held = {name: file.name for file in files for name in load_file(file)}
+    assert index["weight_map"] == held
+    assert index["metadata"]["total_size"] == sum(p.numel() * 4 for p in model.parameters())
+    assert all(sum(t.numel() * 4 for t in load_file(file).values()) <= 20_000 for file in files)
+
+
+def test_a_missing_shard_is_named(sharded: tuple[Llama, Path]) -> None:
+    _, folder = sharded
+    lost = sorted(folder.glob("*.safetensors"))[1]
+    lost.unlink()
+    said = refusal(folder)
+    assert f"missing {lost.name}" in said
+    assert INDEX in said
+
+
+def test_a_truncated_shard_is_named(sharded: tuple[Llama, Path]) -> None:
+    _, folder = sharded
+    torn = sorted(folder.glob("*.safetensors"))[1]
+    torn.write_bytes(torn.read_bytes()[:-3])
+    assert f"{torn}: truncated" in refusal(folder)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_shards_load_bitwise_in_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tied: bool) -> None:
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.setattr(model_folder, "MAX_SHARD_BYTES", 20_000)
+    model = random_llama(tie_word_embeddings=tied, rope_theta=123.0, rms_norm_eps=1e-4)
+    save_weights(tmp_path, model.config.to_hugging_face(), plain_tensors(model))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    ours = model.state_dict()
+    assert theirs.state_dict().keys() == ours.keys()
+    assert all(torch.equal(value, ours[name]) for name, value in theirs.state_dict().items())
+    assert theirs.config.rope_parameters["rope_theta"] == 123.0
+    assert theirs.config.rms_norm_eps == 1e-4
+    assert theirs.config.tie_word_embeddings is tied
+
+
+def test_a_full_disk_is_said_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_llama()
+    free = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr(model_folder.shutil, "disk_usage", lambda path: free)
+    with pytest.raises(CheckpointError, match=r"no room for the model: .* has 0 MiB free and needs 0 MiB"):
+        save_weights(tmp_path / "model", model.config.to_hugging_face(), plain_tensors(model))
+    assert not list((tmp_path / "model").iterdir())
