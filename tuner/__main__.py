@@ -25,6 +25,7 @@ class Verb:
         help: one line.
         config: its primary configuration, composed from the words; the function gets (cfg, words).
         settings: the class of `tuner.settings` that names the keys of `config`.
+        texts: keys of `config` whose value is a person's text and is taken as it stands, commas and brackets included.
         takes: without a `config`, the names of the words the function gets; one in brackets may be left out.
         makes_folder: Hydra makes its run folder, and it may be swept.
     """
@@ -33,6 +34,7 @@ class Verb:
     help: str
     config: str | None = None
     settings: str = "Run"
+    texts: tuple[str, ...] = ()
     takes: tuple[str, ...] = ()
     makes_folder: bool = False
 
@@ -42,8 +44,9 @@ VERBS = {
     "ls": Verb("tuner.verbs.ls:ls", "the config groups, or the options of one, a line each", takes=("[GROUP]",)),
     "cp": Verb("tuner.verbs.cp:cp", "copy a config file to edit it", takes=("NAME", "DEST")),
     "validate": Verb("tuner.verbs.validate:validate", "check a run without running it; its parameter counts", "config"),
-    "data": Verb("tuner.verbs.data:data", "the dataset as the model will see it", "config"),
-    "generate": Verb("tuner.verbs.generate:generate", "text from a model", "verb/generate", "Generate"),
+    "generate": Verb(
+        "tuner.verbs.generate:generate", "text from a model", "verb/generate", "Generate", ("prompt", "system")
+    ),
     "evaluate": Verb("tuner.verbs.evaluate:evaluate", "loss and perplexity", "verb/evaluate", "Evaluate"),
     "merge": Verb("tuner.verbs.merge:merge", "an adapter into its base", "verb/merge", "Merge"),
     "sync": Verb("tuner.verbs.sync:sync", "replay a run folder into MLflow", takes=("DIR",)),
@@ -76,7 +79,9 @@ def dispatch(words: Sequence[str]) -> Any:
         from tuner.config.application import Application
 
         command = _command(verb, name)
-        return Application(verb.config, verb.settings, command, makes_folder=verb.makes_folder).main(rest)
+        return Application(verb.config, verb.settings, command, makes_folder=verb.makes_folder, texts=verb.texts).main(
+            rest
+        )
     return None if asks_help else _load(verb)(*_given(name, verb.takes, rest))
 
 

@@ -1,9 +1,9 @@
 """Cross-entropy fused with the output head, in chunks of trained tokens.
 
-The [tokens, vocabulary] matrix of logits is the largest tensor of a step for a small model with a large vocabulary. Here
-it never exists: each chunk's logits, loss and gradient with respect to the hidden states are computed at once and only
-the latter, of size [N, D], is kept. Positions that are not trained on cost nothing. Unlike recomputing the logits in
-backward, chunking then costs no extra matrix product.
+The [tokens, vocabulary] matrix of logits is the largest tensor of a step for a small model with a large vocabulary.
+Here it never exists: each chunk's logits, loss and gradient with respect to the hidden states are computed at once and
+only the latter, of size [N, D], is kept. Positions that are not trained on cost nothing. Unlike recomputing the logits
+in backward, chunking then costs no extra matrix product.
 """
 
 from __future__ import annotations
@@ -75,9 +75,9 @@ def sum_cross_entropy(hidden_BTD: Tensor, labels_BT: Tensor, head: nn.Module) ->
     trained = targets != IGNORE
     h_ND, labels_N = hidden_BTD[:, :-1][trained], targets[trained]
     if not torch.is_grad_enabled():
-        chunks = zip(h_ND.split(CHUNK_TOKENS), labels_N.split(CHUNK_TOKENS), strict=True)
+        chunks = zip(torch.split(h_ND, CHUNK_TOKENS), torch.split(labels_N, CHUNK_TOKENS), strict=True)
         losses = [nn.functional.cross_entropy(head(h).float(), y, reduction="sum") for h, y in chunks]
         return torch.stack(losses).sum() if losses else h_ND.new_zeros((), dtype=torch.float32)
     weights = [p for p in head.parameters() if p.requires_grad]
-    loss: Tensor = _FusedCrossEntropy.apply(h_ND, labels_N, head, *weights)
+    loss: Tensor = _FusedCrossEntropy.apply(h_ND, labels_N, head, *weights)  # type: ignore[no-untyped-call]
     return loss

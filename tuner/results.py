@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, cast
@@ -25,14 +26,14 @@ def finished_before(out: Path) -> Summary:
     return summary
 
 
-def save_results(model: nn.Module, tokenizer: Tokenizer, out: Path, *, quantization: str) -> list[Path]:
+def save_results(model: nn.Module, tokenizer: Tokenizer, out: Path, *, quantization: Mapping[str, Any]) -> list[Path]:
     """Write `adapter/` or, where all weights trained, `model/`; each appears whole.
 
     Args:
         model: trained.
         tokenizer: saved beside full weights.
         out: the run folder.
-        quantization: name of what the base was quantized to while the adapter trained.
+        quantization: name and keys of what the base was quantized to while the adapter trained.
 
     Returns:
         The folders written that are small enough to keep with a tracked run.
@@ -42,7 +43,7 @@ def save_results(model: nn.Module, tokenizer: Tokenizer, out: Path, *, quantizat
         return []
     unfinished = _empty(out / ".adapter.unfinished")
     base = cast(Llama, model).config.path
-    save_adapter(model, unfinished, base=base, extra={"quantization": quantization, "run": str(out)})
+    save_adapter(model, unfinished, base=base, extra={"quantization": dict(quantization), "run": str(out)})
     return [_in_place(unfinished, out / "adapter")]
 
 

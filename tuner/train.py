@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
 from tuner.build import build_model, count_parameters, device_of, load_base, tokenizer_of, trainable_dtype
 from tuner.checkpoint.continuation import decide
@@ -29,6 +30,7 @@ from tuner.loop import Schedule, Step, evaluate, training_steps
 from tuner.measure import Speed, peak_memory_mib
 from tuner.models.family import located
 from tuner.models.llama import Llama
+from tuner.optimizers.custom import custom
 from tuner.precision.resolve import resolve
 from tuner.results import finished_before, save_results
 from tuner.types import Batch, Dataset, Precision, RunInfo, State, Summary, Tokenizer
@@ -40,7 +42,6 @@ class Parts:
 
     device: torch.device
     precision: Precision
-    quantization: str
     tokenizer: Tokenizer
     dataset: Dataset
     validation: Sequence[Batch]
@@ -123,24 +124,22 @@ def prepare(cfg: DictConfig, out: Path) -> Parts:
         seed=cfg.seed,
         fingerprint=dataset.fingerprint,
     )
-    quantization = instantiate(cfg.quantization)
     model = build_model(
         load_base(model_config, getattr(torch, precision.compute), device, cfg.seed),
-        quantization,
+        instantiate(cfg.quantization),
         instantiate(cfg.peft),
         precision,
         instantiate(cfg.memory),
     )
     if cfg.train.compile:
         model.compile_layers()
-    optimizer = instantiate(cfg.optimizer)([p for p in model.parameters() if p.requires_grad])
+    optimizer = build_optimizer(cfg.optimizer, [p for p in model.parameters() if p.requires_grad])
     checkpoints: Checkpoints = instantiate(cfg.checkpoint)
     state = State(model, optimizer, batches)
     checkpoints.require_room(out, state)
     return Parts(
         device,
         precision,
-        quantization.name,
         tokenizer,
         dataset,
         batches_by_length(dataset.validation, cfg.train.batch_size, tokenizer.pad_id),
@@ -150,6 +149,19 @@ def prepare(cfg: DictConfig, out: Path) -> Parts:
         cfg.train.max_steps or cfg.train.epochs * batches.steps_per_epoch,
         [fallback] if fallback else [],
     )
+
+
+def build_optimizer(node: DictConfig, params: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """One of our optimizer functions, or a library's class that `optimizer._target_` names."""
+    if node._target_.startswith("tuner."):
+        return cast(torch.optim.Optimizer, instantiate(node)(params))
+    return custom(node._target_, params, keys_of(node))
+
+
+def keys_of(node: DictConfig) -> dict[str, Any]:
+    """The keys of a group's member as plain containers, without `_target_` and its like."""
+    plain = cast(dict[str, Any], OmegaConf.to_container(node))
+    return {key: value for key, value in plain.items() if not key.startswith("_")}
 
 
 def fit(parts: Parts, cfg: DictConfig, log: RunLog, stop: StopRequest, summary: Summary, started: float) -> None:
@@ -184,7 +196,8 @@ def fit(parts: Parts, cfg: DictConfig, log: RunLog, stop: StopRequest, summary: 
     log.terminal.stop()
     after = write_samples(parts, len(state.before), train.max_new_tokens)
     log.samples(generations(parts.dataset, state.before, after))
-    for folder in save_results(state.model, parts.tokenizer, Path(summary.out), quantization=parts.quantization):
+    quantization = {"name": cfg.quantization._target_.split(".")[-2], **keys_of(cfg.quantization)}
+    for folder in save_results(state.model, parts.tokenizer, Path(summary.out), quantization=quantization):
         log.artifact(folder)
 
 

@@ -3,8 +3,8 @@
 Components import this module and `tuner.errors`, never each other; `tuner.build` and `tuner.train` put them together.
 Importing it costs nothing: torch is named in annotations only.
 
-Shape letters, used in names and docstrings everywhere: B batch, T tokens of a sequence, N trained tokens, D hidden size,
-V vocabulary size, H query heads, K key/value heads, E size of a head, R rank of an adapter.
+Shape letters, used in names and docstrings everywhere: B batch, T tokens of a sequence, N trained tokens, D hidden
+size, V vocabulary size, H query heads, K key/value heads, E size of a head, R rank of an adapter.
 """
 
 from __future__ import annotations
@@ -129,7 +129,9 @@ class Batch:
         return int((self.labels[:, 1:] != IGNORE).sum())
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(self.tokens.to(device, non_blocking=True), self.labels.to(device, non_blocking=True), self.num_tokens)
+        return Batch(
+            self.tokens.to(device, non_blocking=True), self.labels.to(device, non_blocking=True), self.num_tokens
+        )
 
 
 @runtime_checkable

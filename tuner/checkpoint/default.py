@@ -9,12 +9,12 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from tuner.errors import CheckpointError
 from tuner.types import PositiveInt, State
@@ -33,7 +33,9 @@ class Checkpoints:
         keep_last: how many are kept.
     """
 
-    def __init__(self, resume: str, every_steps: PositiveInt | None, keep_last: PositiveInt) -> None:
+    def __init__(
+        self, resume: Literal["auto", "never"], every_steps: PositiveInt | None, keep_last: PositiveInt
+    ) -> None:
         self.resume = resume
         self.every_steps = every_steps
         self.keep_last = keep_last
@@ -91,7 +93,7 @@ class Checkpoints:
         saved = sorted((out / "checkpoints").glob("step-*"))
         if not saved:
             return False
-        load_trainable(state, saved[-1])
+        load_trainable(state.model, saved[-1])
         try:
             training = torch.load(saved[-1] / TRAINING, map_location="cpu", weights_only=True)
         except (OSError, RuntimeError, EOFError, ValueError) as error:
@@ -112,7 +114,7 @@ def trainable_tensors(state: State) -> dict[str, Tensor]:
     return {name: p.detach().cpu().contiguous() for name, p in named if p.requires_grad}
 
 
-def load_trainable(state: State, checkpoint: Path) -> None:
+def load_trainable(model: nn.Module, checkpoint: Path) -> None:
     """Put a checkpoint's weights into the parameters that train.
 
     Raises:
@@ -122,7 +124,7 @@ def load_trainable(state: State, checkpoint: Path) -> None:
         tensors = load_file(checkpoint / WEIGHTS)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{checkpoint / WEIGHTS}: damaged: {error}") from error
-    parameters = {name: p for name, p in state.model.named_parameters() if p.requires_grad}
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if differing := parameters.keys() ^ tensors.keys():
         raise CheckpointError(f"{checkpoint}: made with other trainable parameters: {', '.join(sorted(differing)[:3])}")
     with torch.no_grad():

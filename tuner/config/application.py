@@ -18,6 +18,7 @@ from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException, InstantiationException
 from hydra.main import _get_rerun_conf
 from hydra.types import RunMode
@@ -38,13 +39,17 @@ class Application:
         settings: the class of `tuner.settings` that names its keys.
         command: gets the frozen, checked configuration and the words it was composed from.
         makes_folder: it writes a run folder and may be swept.
+        texts: keys whose value is a person's text, taken as it stands: commas, brackets and `${` mean nothing in it.
     """
 
-    def __init__(self, config_name: str, settings: str, command: Command, *, makes_folder: bool) -> None:
+    def __init__(
+        self, config_name: str, settings: str, command: Command, *, makes_folder: bool, texts: Sequence[str]
+    ) -> None:
         self.config_name = config_name
         self.settings = settings
         self.command = command
         self.makes_folder = makes_folder
+        self.texts = texts
 
     def main(self, words: Sequence[str]) -> Any:
         """Do what the words after the verb say.
@@ -56,7 +61,7 @@ class Application:
             TunerError: what the command raises, and ConfigError for words that do not compose.
         """
         parser = get_args_parser()
-        args = parser.parse_args(list(words))
+        args = parser.parse_args([_as_text(word) if word.partition("=")[0] in self.texts else word for word in words])
         _at_most_one(args)
         self.config_name = args.config_name or self.config_name
         with _hydra(config_loader(args.config_path, args.config_dir)) as hydra, _own_errors():
@@ -169,6 +174,14 @@ def _in_hydras_folder(config: DictConfig) -> DictConfig:
     """`out` is the folder Hydra made: that of a trial in a sweep, or what hydra.run.dir says."""
     config.out = HydraConfig.get().runtime.output_dir
     return config
+
+
+def _as_text(word: str) -> str:
+    """`prompt=Hello, (you)` in the quotes that Hydra's grammar wants; what is quoted already, or `null`, stays."""
+    key, _, value = word.partition("=")
+    if value in ("null", "???") or (len(value) > 1 and value[0] == value[-1] and value[0] in "'\""):
+        return word
+    return f"{key}={QuotedString(value, Quote.single).with_quotes()}".replace("${", "\\${")
 
 
 def _at_most_one(args: argparse.Namespace) -> None:

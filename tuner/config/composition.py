@@ -134,7 +134,7 @@ def freeze(config: DictConfig) -> DictConfig:
     will be used: the key itself, else `MLFLOW_TRACKING_URI`, else mlflow.db in the current folder. Freezing a frozen
     configuration changes nothing.
     """
-    frozen = OmegaConf.create(plain(config))
+    frozen = OmegaConf.create(_literal(plain(config)))
     OmegaConf.set_struct(frozen, True)
     if isinstance(out := OmegaConf.select(frozen, "out"), str):
         frozen.out = _absolute(out)
@@ -172,6 +172,15 @@ def _folder(switch: str, folder: str) -> str:
     if not Path(folder).is_dir():
         raise ConfigError(f"{switch} {folder}: no such folder")
     return str(Path(folder).absolute())
+
+
+def _literal(node: Any) -> Any:
+    """Resolved containers whose texts stay as they are: a `${` in a prompt is no interpolation."""
+    if isinstance(node, dict):
+        return {key: _literal(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_literal(value) for value in node]
+    return node.replace("${", "\\${") if isinstance(node, str) else node
 
 
 def _absolute(path: str) -> str:

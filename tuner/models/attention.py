@@ -1,7 +1,7 @@
 """Causal attention with grouped queries, in the form that is fastest where the run is.
 
-`sdpa` is PyTorch's fused kernel: the choice on a GPU and for long sequences, because it never holds the scores. On a CPU
-its backward takes more than twice the time of two plain matrix products a side at a few hundred tokens (measured in
+`sdpa` is PyTorch's fused kernel: the choice on a GPU and for long sequences, because it never holds the scores. On a
+CPU its backward takes more than twice the time of two plain matrix products a side at a few hundred tokens (measured in
 `benchmarks/train_step.py`), so `explicit` multiplies the matrices itself: the queries of one key/value head are stacked
 into one matrix, so no key or value is repeated. Right-padded batches need no mask: a real token never sees a later one.
 
@@ -56,7 +56,7 @@ class _ExplicitCausal(torch.autograd.Function):
 
 def explicit_causal_attention(q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor) -> Tensor:
     """Causal attention by plain matrix products, [B, H, T, E]; gradients of first order."""
-    out: Tensor = _ExplicitCausal.apply(q_BHTE, k_BKTE, v_BKTE)
+    out: Tensor = _ExplicitCausal.apply(q_BHTE, k_BKTE, v_BKTE)  # type: ignore[no-untyped-call]
     return out
 
 

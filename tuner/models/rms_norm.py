@@ -1,8 +1,8 @@
 """Root mean square normalisation whose backward keeps the input and one number a row.
 
-The composed form (square, mean, rsqrt, two products, two casts) keeps five tensors of the input's size for backward, half
-of them in fp32. Source: Zhang and Sennrich, Root Mean Square Layer Normalization (arXiv:1910.07467); rounding follows
-transformers' LlamaRMSNorm: normalise in fp32, round to the input's dtype, then multiply by the weight.
+The composed form (square, mean, rsqrt, two products, two casts) keeps five tensors of the input's size for backward,
+half of them in fp32. Source: Zhang and Sennrich, Root Mean Square Layer Normalization (arXiv:1910.07467); rounding
+follows transformers' LlamaRMSNorm: normalise in fp32, round to the input's dtype, then multiply by the weight.
 """
 
 from __future__ import annotations
@@ -50,5 +50,5 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = _RMSNorm.apply(x, self.weight, self.eps)
+        out: Tensor = _RMSNorm.apply(x, self.weight, self.eps)  # type: ignore[no-untyped-call]
         return out

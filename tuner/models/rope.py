@@ -48,5 +48,5 @@ class _Rope(torch.autograd.Function):
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate each head of x [B, heads, T, E] by its position; `cos` and `sin` broadcast as [..., T, E / 2]."""
-    out: Tensor = _Rope.apply(x, cos, sin)
+    out: Tensor = _Rope.apply(x, cos, sin)  # type: ignore[no-untyped-call]
     return out

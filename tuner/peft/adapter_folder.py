@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from tuner.errors import ModelError
 from tuner.peft.lora import ADAPTER
@@ -109,11 +109,14 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
         raise ModelError(f"{folder / WEIGHTS}: {error}") from error
     slots = {slot.path: slot for slot in cast(CausalLM, model).linears()}
     pairs: dict[str, dict[str, Any]] = {}
+    bases: dict[str, Tensor] = {}
     unknown = []
     for name, tensor in tensors.items():
         path, _, part = name.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
         if path in slots and part in ("lora_A", "lora_B"):
             pairs.setdefault(path, {})[part] = tensor
+        elif path in slots and part == "base_layer" and isinstance(slots[path].module, nn.Linear):
+            bases[path] = tensor  # PEFT saves an adapted head along with its adapter
         else:
             unknown.append(name)
     incomplete = [path for path, parts in pairs.items() if len(parts) < 2]
@@ -121,12 +124,16 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
         raise ModelError(f"{folder / WEIGHTS}: does not fit the model: {', '.join(unknown + incomplete) or 'empty'}")
     for path, parts in pairs.items():
         base = slots[path].module
-        shape = (base.out_features, base.in_features)
-        if (parts["lora_B"].shape[0], parts["lora_A"].shape[1]) != shape:
-            raise ModelError(f"{folder / WEIGHTS}: {path} is made for another size than {list(shape)}")
+        shape = (int(base.out_features), int(base.in_features))  # type: ignore[arg-type]
         rank, alpha = parts["lora_A"].shape[0], config["lora_alpha"]
+        if parts["lora_B"].shape != (shape[0], rank) or parts["lora_A"].shape != (rank, shape[1]):
+            raise ModelError(f"{folder / WEIGHTS}: {path} is made for another size than {list(shape)}")
+        if path in bases and bases[path].shape != shape:
+            raise ModelError(f"{folder / WEIGHTS}: {path}.base_layer is {list(bases[path].shape)}, not {list(shape)}")
         dropout, rslora = config.get("lora_dropout") or 0.0, bool(config.get("use_rslora"))
         adapter = Adapter(shape[1], shape[0], rank, alpha, dropout, rslora)
+        if path in bases:
+            cast(nn.Linear, base).weight.data.copy_(bases[path])
         adapter.A.data, adapter.B.data = parts["lora_A"], parts["lora_B"]
         device = next(base.parameters()).device
         slots[path].replace(LoRALinear(base, {ADAPTER: adapter}).to(device).train(model.training))

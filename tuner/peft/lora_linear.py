@@ -1,8 +1,8 @@
 """The linear layer that LoRA puts in place of a frozen one.
 
-One autograd function computes base and adapter together and keeps only the input and its rank-R projection for backward;
-composed from modules, autograd would also keep the adapter's output and the cast input. A frozen base that stores its
-weight in another form (`FrozenLinear`) is made dense again in backward rather than kept.
+One autograd function computes base and adapter together and keeps only the input and its rank-R projection for
+backward; composed from modules, autograd would also keep the adapter's output and the cast input. A frozen base
+that stores its weight in another form (`FrozenLinear`) is made dense again in backward rather than kept.
 """
 
 from __future__ import annotations
@@ -115,5 +115,5 @@ class LoRALinear(nn.Module):
 
     def _with_base(self, x: Tensor, adapter: Adapter) -> Tensor:
         dropped = F.dropout(x, adapter.dropout) if self.training and adapter.dropout > 0 else None
-        out: Tensor = _LoRAFunction.apply(x, dropped, adapter.A, adapter.B, self.base, adapter.scale)
+        out: Tensor = _LoRAFunction.apply(x, dropped, adapter.A, adapter.B, self.base, adapter.scale)  # type: ignore[no-untyped-call]
         return out

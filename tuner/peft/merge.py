@@ -7,6 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from tuner.errors import ModelError
 from tuner.peft.lora_linear import Adapter, LoRALinear, dense_weight
 from tuner.types import CausalLM, FrozenLinear
 
@@ -24,8 +25,14 @@ def merge_adapters(model: nn.Module, dtype: torch.dtype) -> None:
     """Replace adapted and packed layers by plain linear ones in `dtype`, in place.
 
     Sums are made in fp32 and rounded once.
+
+    Raises:
+        ModelError: an adapted head that is also the embedding: the sum would be no plain tied model.
     """
-    for slot in cast(CausalLM, model).linears():
+    lm = cast(CausalLM, model)
+    if lm.tied and isinstance(lm.lm_head, LoRALinear):
+        raise ModelError("this adapter changes lm_head, which is also the embedding matrix: merging would untie them")
+    for slot in lm.linears():
         layer = slot.module
         if isinstance(layer, LoRALinear):
             slot.replace(_linear(merged_weight(layer), layer.base.bias, dtype))

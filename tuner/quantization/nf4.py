@@ -255,5 +255,7 @@ def _scale_code(device: torch.device) -> Tensor:
     Not a buffer: `to_empty` would leave nonsense in it. Not `functools.cache`: `torch.compile` looks through that.
     """
     if device not in _SCALE_CODES:
-        _SCALE_CODES[device] = import_bitsandbytes().functional.create_dynamic_map().to(device)
+        with torch.device("cpu"):  # also while a model is built on the meta device
+            code = import_bitsandbytes().functional.create_dynamic_map()
+        _SCALE_CODES[device] = code.to(device)
     return _SCALE_CODES[device]

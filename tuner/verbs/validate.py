@@ -14,5 +14,6 @@ def validate(cfg: DictConfig, overrides: list[str]) -> str:
     Raises:
         TunerError: a model that cannot be built or adapted as `cfg` says.
     """
-    total, trainable = count_from_config(*(instantiate(cfg[group]) for group in ("model", "quantization", "peft")))
+    parts = (instantiate(cfg[group]) for group in ("model", "quantization", "peft"))
+    total, trainable = count_from_config(*parts)
     return f"total_params: {total}\ntrainable_params: {trainable}"
