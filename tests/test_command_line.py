@@ -232,7 +232,7 @@ def test_cfg_of_a_verb_and_of_a_package(capsys: pytest.CaptureFixture[str]) -> N
     assert tuner_command("generate", "--cfg", "job", "prompt=hi") == 0
     assert "prompt: hi\n" in capsys.readouterr().out
     assert tuner_command("--cfg", "job", "--resolve", "--package", "schedule") == 0
-    assert "warmup_steps: 5\n" in capsys.readouterr().out
+    assert "warmup_ratio: 0.08\n" in capsys.readouterr().out
 
 
 def test_groups_of_ones_own_by_config_dir_and_searchpath(runs: Runs, tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ class TestAgainstTransformers:
         from transformers.optimization import get_cosine_schedule_with_warmup
 
         theirs = transformers_lambda(get_cosine_schedule_with_warmup, warmup_steps, total_steps)
-        self.compare(Cosine(warmup_steps, 0.0), theirs, warmup_steps, total_steps)
+        self.compare(Cosine(warmup_steps, 0.0, 0.0), theirs, warmup_steps, total_steps)
 
     def test_cosine_to_a_floor(self, warmup_steps: int, total_steps: int) -> None:
         from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmup
@@ -90,22 +90,22 @@ class TestAgainstTransformers:
         theirs = transformers_lambda(
             get_cosine_with_min_lr_schedule_with_warmup, warmup_steps, total_steps, min_lr_rate=0.1
         )
-        self.compare(Cosine(warmup_steps, 0.1), theirs, warmup_steps, total_steps)
+        self.compare(Cosine(warmup_steps, 0.0, 0.1), theirs, warmup_steps, total_steps)
 
     def test_linear(self, warmup_steps: int, total_steps: int) -> None:
         from transformers.optimization import get_linear_schedule_with_warmup
 
         theirs = transformers_lambda(get_linear_schedule_with_warmup, warmup_steps, total_steps)
-        self.compare(Linear(warmup_steps, 0.0), theirs, warmup_steps, total_steps)
+        self.compare(Linear(warmup_steps, 0.0, 0.0), theirs, warmup_steps, total_steps)
 
     def test_constant(self, warmup_steps: int, total_steps: int) -> None:
         from transformers.optimization import get_constant_schedule_with_warmup
 
         theirs = transformers_lambda(get_constant_schedule_with_warmup, warmup_steps)
-        self.compare(Constant(warmup_steps), theirs, warmup_steps, total_steps)
+        self.compare(Constant(warmup_steps, 0.0), theirs, warmup_steps, total_steps)
 
 
-@pytest.mark.parametrize("schedule", [Cosine(2, 0.25), Linear(2, 0.25)])
+@pytest.mark.parametrize("schedule", [Cosine(2, 0.0, 0.25), Linear(2, 0.0, 0.25)])
 def test_the_floor_is_reached_one_past_the_last_step_and_kept(schedule: Any) -> None:
     assert schedule.factor(9, 10) > 0.25
     assert schedule.factor(10, 10) == pytest.approx(0.25, abs=1e-15)
@@ -113,4 +113,12 @@ def test_the_floor_is_reached_one_past_the_last_step_and_kept(schedule: Any) -> 
 
 
 def test_linear_to_a_floor_by_hand() -> None:
-    assert [Linear(0, 0.5).factor(step, 4) for step in range(5)] == [1.0, 0.875, 0.75, 0.625, 0.5]
+    assert [Linear(0, 0.0, 0.5).factor(step, 4) for step in range(5)] == [1.0, 0.875, 0.75, 0.625, 0.5]
+
+
+@pytest.mark.parametrize("name", MEMBERS)
+@pytest.mark.parametrize(("total_steps", "expected"), [(1, 1), (10, 1), (11, 2), (60, 6)])
+def test_without_steps_the_warm_up_is_a_share_of_the_run(name: str, total_steps: int, expected: int) -> None:
+    by_ratio, by_steps = build(name, warmup_steps=None, warmup_ratio=0.1), build(name, warmup_steps=expected)
+    steps = range(total_steps)
+    assert [by_ratio.factor(i, total_steps) for i in steps] == [by_steps.factor(i, total_steps) for i in steps]

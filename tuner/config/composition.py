@@ -134,7 +134,7 @@ def freeze(config: DictConfig) -> DictConfig:
     will be used: the key itself, else `MLFLOW_TRACKING_URI`, else mlflow.db in the current folder. Freezing a frozen
     configuration changes nothing.
     """
-    frozen = OmegaConf.create(_literal(plain(config)))
+    frozen: DictConfig = OmegaConf.create(_literal(plain(config)))
     OmegaConf.set_struct(frozen, True)
     if isinstance(out := OmegaConf.select(frozen, "out"), str):
         frozen.out = _absolute(out)

@@ -76,7 +76,7 @@ RULES = (
     Rule(
         "warmup_within_run",
         ("schedule.warmup_steps", "train.max_steps"),
-        lambda warmup, steps: steps is not None and warmup > steps,
+        lambda warmup, steps: None not in (warmup, steps) and warmup > steps,
         "schedule.warmup_steps={0}: longer than the run, train.max_steps={1}; say schedule.warmup_steps=0",
     ),
     Rule(

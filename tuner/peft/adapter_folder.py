@@ -123,8 +123,8 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
     if unknown or incomplete or not pairs:
         raise ModelError(f"{folder / WEIGHTS}: does not fit the model: {', '.join(unknown + incomplete) or 'empty'}")
     for path, parts in pairs.items():
-        base = slots[path].module
-        shape = (int(base.out_features), int(base.in_features))  # type: ignore[arg-type]
+        base = cast(nn.Linear, slots[path].module)
+        shape = (int(base.out_features), int(base.in_features))
         rank, alpha = parts["lora_A"].shape[0], config["lora_alpha"]
         if parts["lora_B"].shape != (shape[0], rank) or parts["lora_A"].shape != (rank, shape[1]):
             raise ModelError(f"{folder / WEIGHTS}: {path} is made for another size than {list(shape)}")
@@ -133,7 +133,7 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
         dropout, rslora = config.get("lora_dropout") or 0.0, bool(config.get("use_rslora"))
         adapter = Adapter(shape[1], shape[0], rank, alpha, dropout, rslora)
         if path in bases:
-            cast(nn.Linear, base).weight.data.copy_(bases[path])
+            base.weight.data.copy_(bases[path])
         adapter.A.data, adapter.B.data = parts["lora_A"], parts["lora_B"]
         device = next(base.parameters()).device
         slots[path].replace(LoRALinear(base, {ADAPTER: adapter}).to(device).train(model.training))

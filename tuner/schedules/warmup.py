@@ -10,6 +10,13 @@ one past the last step: no step is spent on a learning rate of 0.
 
 from __future__ import annotations
 
+import math
+
+
+def warmup_length(steps: int | None, ratio: float, total_steps: int) -> int:
+    """Steps of the warm-up: as given, else `ratio` of the run rounded up, so that a run of any length has one."""
+    return math.ceil(ratio * total_steps) if steps is None else steps
+
 
 def warmup_factor(step: int, warmup_steps: int) -> float:
     """1/w, 2/w, ..., 1 for step 0, 1, ..., w - 1."""
