@@ -32,8 +32,8 @@ class _LoRAFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, x_a: Tensor | None, A: Tensor, B: Tensor, base: nn.Module, scale: float) -> Tensor:
-        x_2d = x.flatten(0, -2)
-        a_input = x_2d if x_a is None else x_a.flatten(0, -2)
+        x_2d = x.reshape(-1, x.shape[-1])
+        a_input = x_2d if x_a is None else x_a.reshape(-1, x.shape[-1])
         projected = a_input @ A.to(x.dtype).t()
         out = F.linear(x_2d, dense_weight(base), base.bias)  # type: ignore[arg-type]
         out.addmm_(projected, B.to(x.dtype).t(), alpha=scale)
@@ -44,7 +44,7 @@ class _LoRAFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         a_input, projected, A, B = ctx.saved_tensors
-        grad_out = grads[0].flatten(0, -2)
+        grad_out = grads[0].reshape(-1, grads[0].shape[-1])
         grad_projected = (grad_out @ B.to(grad_out.dtype)).mul_(ctx.scale)
         grad_A = (grad_projected.t() @ a_input).to(A.dtype)
         grad_B = (grad_out.t() @ projected).mul_(ctx.scale).to(B.dtype)
