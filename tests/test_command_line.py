@@ -98,7 +98,7 @@ WRONG = [
     (["run", "peft.lora_rank=0"], "peft.lora_rank=0: expected a whole number > 0"),
     (["optimizer=adamww"], "optimizer=adamww: no such option; did you mean adamw"),
     (["peft=qlora", "quantization=none"], "say peft=lora"),
-    (["rum"], "rum: no such verb; did you mean run? valid: cp, data"),
+    (["rum"], "rum: no such verb; did you mean run? valid: cp, evaluate"),
     (["seed=1,2"], "To sweep over it, add --multirun"),
     (["-m", "seed=1,2", "out=mine"], "out=... together with --multirun"),
     (["-m", "seed=1,2", "peft.lora_rnk=4,8"], "peft.lora_rnk=4: no such key; did you mean lora_rank"),

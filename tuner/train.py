@@ -246,4 +246,10 @@ def record(summary: Summary, state: State, speed: Speed, device: torch.device) -
 
 def described(dataset: Dataset) -> dict[str, Any]:
     """What a logger says of the data."""
-    return {"name": dataset.name, "fingerprint": dataset.fingerprint, "counts": dict(dataset.counts)}
+    lengths = [len(sample.tokens) for sample in dataset.train]
+    return {
+        "name": dataset.name,
+        "fingerprint": dataset.fingerprint,
+        "counts": dict(dataset.counts),
+        "mean_tokens": round(sum(lengths) / len(lengths), 1),
+    }

@@ -25,7 +25,7 @@ def header(config: Mapping[str, Any], summary: Summary, dataset: Mapping[str, An
     samples = train["batch_size"] * train["gradient_accumulation_steps"]
     share = 100 * summary.trainable_params / summary.total_params
     keys = [f"{key.removeprefix('lora_')} {value}" for key, value in peft.items() if key in ("lora_rank", "lora_alpha")]
-    counts = ", ".join(f"{value:,} {name.replace('_', ' ')}" for name, value in dataset["counts"].items())
+    counts = ", ".join(f"{value:,} {name.replace('_', ' ')}" for name, value in dataset["counts"].items() if value)
     return {
         "model": f"{_model(config['model'])}, {summary.total_params:,} parameters",
         "method": ", ".join([peft["name"], *keys, f"quantization {_member(config['quantization'])}"]),
@@ -35,7 +35,7 @@ def header(config: Mapping[str, Any], summary: Summary, dataset: Mapping[str, An
         f"schedule {_member(config['schedule'])}",
         "data": f"{dataset['name']}: {counts}",
         "steps": f"{total_steps} steps of {samples} samples ({train['batch_size']} x "
-        f"{train['gradient_accumulation_steps']})",
+        f"{train['gradient_accumulation_steps']}), about {samples * dataset['mean_tokens']:,.0f} tokens a step",
         "fingerprint": str(dataset["fingerprint"])[:16],
         "folder": summary.out,
     }
