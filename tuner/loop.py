@@ -93,7 +93,7 @@ def backward(model: nn.Module, window: Sequence[Batch]) -> float:
         The mean loss a trained token.
     """
     lm = cast(CausalLM, model)
-    trained = sum(batch.num_trained for batch in window)
+    trained = max(sum(batch.num_trained for batch in window), 1)  # nothing to train on: no loss, and no gradient
     total = torch.zeros((), device=window[0].tokens.device)
     for batch in window:
         loss = sum_cross_entropy(lm.hidden(batch.tokens), batch.labels, lm.lm_head) / trained

