@@ -56,4 +56,4 @@ def nearest(name: str, choices: Iterable[str]) -> str:
     valid = sorted(str(choice) for choice in choices)
     close = difflib.get_close_matches(name, valid, n=3, cutoff=0.6)
     hint = f"did you mean {' or '.join(close)}? " if close else ""
-    return f"{hint}valid: {', '.join(valid)}"
+    return f"{hint}valid: {', '.join(valid) or '(nothing)'}"

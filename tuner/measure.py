@@ -26,9 +26,9 @@ class Speed:
         self._recent.append((tokens, seconds))
 
     @property
-    def mean(self) -> float:
-        """Over all steps."""
-        return self._tokens / self._seconds
+    def mean(self) -> float | None:
+        """Over all steps; None before the first."""
+        return self._tokens / self._seconds if self._seconds else None
 
     @property
     def recent(self) -> float:

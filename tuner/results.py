@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, cast
 
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from tuner.errors import CheckpointError
 from tuner.models.folder import read_config, save_weights
 from tuner.models.llama import Llama
 from tuner.peft.adapter_folder import has_adapter, save_adapter
@@ -41,10 +44,10 @@ def save_results(model: nn.Module, tokenizer: Tokenizer, out: Path, *, quantizat
     if not has_adapter(model):
         save_model(cast(Llama, model), tokenizer, out / "model")
         return []
-    unfinished = _empty(out / ".adapter.unfinished")
     base = cast(Llama, model).config.path
-    save_adapter(model, unfinished, base=base, extra={"quantization": dict(quantization), "run": str(out)})
-    return [_in_place(unfinished, out / "adapter")]
+    with _whole(out / "adapter") as unfinished:
+        save_adapter(model, unfinished, base=base, extra={"quantization": dict(quantization), "run": str(out)})
+    return [out / "adapter"]
 
 
 def save_model(model: Llama, tokenizer: Tokenizer, folder: Path) -> None:
@@ -53,11 +56,10 @@ def save_model(model: Llama, tokenizer: Tokenizer, folder: Path) -> None:
     Raises:
         CheckpointError: no room on the disk.
     """
-    unfinished = _empty(folder.with_name(f".{folder.name}.unfinished"))
     original: dict[str, Any] = read_config(Path(model.config.path)) if model.config.path else {}
-    save_weights(unfinished, {**original, **model.config.to_hugging_face()}, plain_tensors(model))
-    tokenizer.save(unfinished)
-    _in_place(unfinished, folder)
+    with _whole(folder) as unfinished:
+        save_weights(unfinished, {**original, **model.config.to_hugging_face()}, plain_tensors(model))
+        tokenizer.save(unfinished)
 
 
 def plain_tensors(model: Llama) -> dict[str, Tensor]:
@@ -68,13 +70,21 @@ def plain_tensors(model: Llama) -> dict[str, Tensor]:
     return tensors
 
 
-def _empty(folder: Path) -> Path:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    return folder
+@contextmanager
+def _whole(folder: Path) -> Iterator[Path]:
+    """A folder to write into, which takes the place of `folder` once everything is in it.
 
-
-def _in_place(unfinished: Path, folder: Path) -> Path:
-    if folder.exists():
-        shutil.rmtree(folder)
-    return unfinished.rename(folder)
+    Raises:
+        CheckpointError: it cannot be written; nothing half-written is left.
+    """
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        yield unfinished
+        shutil.rmtree(folder, ignore_errors=True)
+        unfinished.rename(folder)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)

@@ -17,13 +17,14 @@ from torch import nn
 from tuner.build import build_model, count_parameters, device_of, load_base, tokenizer_of, trainable_dtype
 from tuner.checkpoint.continuation import decide
 from tuner.checkpoint.default import Checkpoints
+from tuner.checkpoint.full_disk import full_disk_said
 from tuner.config import check, freeze
 from tuner.data.batches import Batches, batches_by_length
 from tuner.errors import Interrupted
 from tuner.generation import generate
 from tuner.interruption import StopRequest, stop_on_signals
 from tuner.logging.disk import DiskLogger, Generation
-from tuner.logging.header import header, next_commands, saved_in
+from tuner.logging.header import header, next_commands, resume_command, saved_in
 from tuner.logging.run_log import RunLog
 from tuner.logging.terminal import Terminal
 from tuner.loop import Schedule, Step, evaluate, training_steps
@@ -75,7 +76,12 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> Summary:
 
     parts = prepare(cfg, out)
     state = parts.state
-    with instantiate(cfg.distributed), stop_on_signals() as stop, Terminal(out) as terminal:
+    with (
+        full_disk_said(out),
+        instantiate(cfg.distributed),
+        stop_on_signals() as stop,
+        Terminal(out) as terminal,
+    ):
         resumed = parts.checkpoints.restore(out, state)
         log = RunLog(terminal, DiskLogger(out), instantiate(cfg.logger))
         log.start(RunInfo(out, config, overrides, described(parts.dataset), resumed))
@@ -92,11 +98,11 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> Summary:
             fit(parts, cfg, log, stop, summary, started)
             summary.status = "finished"
         except (Interrupted, KeyboardInterrupt) as error:
-            summary.status, summary.reason = (
-                "stopped",
-                str(error) or "interrupted at once; steps since the last checkpoint are lost",
-            )
-            raise
+            reason = str(error) or "interrupted at once: the steps since the last checkpoint are lost"
+            summary.status, summary.reason = "stopped", reason
+            resume = resume_command(out, overrides)
+            terminal.closing(saved_in(out), {"resume": resume})
+            raise Interrupted(f"{reason}\nresume: {resume}") from error
         except BaseException as error:
             summary.reason = f"{type(error).__name__}: {error}"
             raise
@@ -177,6 +183,7 @@ def fit(parts: Parts, cfg: DictConfig, log: RunLog, stop: StopRequest, summary: 
     summary.val_loss_before = state.val_loss_before
     summary.seconds_to_first_step = time.perf_counter() - started
     speed = Speed()
+    record(summary, state, speed, parts.device)
     log.terminal.start(parts.total_steps, state.step)
     for step in training_steps(
         state, parts.schedule, total_steps=parts.total_steps, clip_grad_norm=train.clip_grad_norm, device=parts.device
@@ -192,6 +199,8 @@ def fit(parts: Parts, cfg: DictConfig, log: RunLog, stop: StopRequest, summary: 
             saved = parts.checkpoints.save(Path(summary.out), state)
         if stop.reason is not None and not last:
             raise Interrupted(f"stopped by {stop.reason} after step {step.number}, saved in {saved}")
+    if summary.val_loss is None:  # an earlier process did the last step and was stopped before its results were saved
+        summary.val_loss = validate(parts, log)
     summary.objective = getattr(summary, train.objective)
     log.terminal.stop()
     after = write_samples(parts, len(state.before), train.max_new_tokens)

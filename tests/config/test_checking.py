@@ -51,6 +51,7 @@ REFUSED: list[tuple[list[str], list[str]]] = [
     (["model.path=/nowhere"], ["model.path=/nowhere: no such folder"]),
 ]
 RULE_ROWS = [
+    ("out_is_named", ["out="], "expected the name of a run folder"),
     ("qlora_needs_quantization", ["peft=qlora", "quantization=none"], "say peft=lora for"),
     ("full_needs_dense_weights", ["peft=full", "quantization=nf4"], "cannot be trained; say peft=qlora"),
     ("lora_adapts_something", ["peft.lora_attn_modules=[]", "peft.apply_lora_to_mlp=false"], "name at least one of"),

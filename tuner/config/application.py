@@ -7,10 +7,11 @@ is one clear line; and a run is composed and checked before Hydra makes its fold
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import get_args_parser
@@ -26,6 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from tuner.config.composition import check, config_loader, freeze, load, without_hydra
 from tuner.config.explaining import sentence
+from tuner.config.signatures import signature_of
 from tuner.errors import ConfigError, TunerError
 
 Command = Callable[[DictConfig, list[str]], Any]
@@ -61,10 +63,15 @@ class Application:
             TunerError: what the command raises, and ConfigError for words that do not compose.
         """
         parser = get_args_parser()
-        args = parser.parse_args([_as_text(word) if word.partition("=")[0] in self.texts else word for word in words])
+        parser.error = _refused  # type: ignore[method-assign]
+        # Intermixed: `seed=1,2 -m peft=lora,full` is as good as with the switch in front.
+        args = parser.parse_intermixed_args(
+            [_as_text(word) if word.partition("=")[0] in self.texts else word for word in words]
+        )
         _at_most_one(args)
         self.config_name = args.config_name or self.config_name
-        with _hydra(config_loader(args.config_path, args.config_dir)) as hydra, _own_errors():
+        keys = [key for key, kind in signature_of(f"tuner.settings.{self.settings}").keys.items() if not kind.member]
+        with _hydra(config_loader(args.config_path, args.config_dir, keys)) as hydra, _own_errors():
             if switched := self._switch(hydra, parser, args):
                 return self._explained(switched, hydra.config_loader, args.overrides)
             if args.experimental_rerun:
@@ -123,6 +130,7 @@ class Application:
                 raised.append(error)
 
         with _taken_away_if_empty(folder):
+            _require_writable(folder)
             result = hydra.run(self.config_name, task, [*words, "hydra.mode=RUN", f"hydra.run.dir={quoted(folder)}"])
             if raised:
                 raise raised[0]
@@ -170,6 +178,16 @@ def _taken_away_if_empty(folder: Path) -> Iterator[None]:
         raise
 
 
+def _require_writable(folder: Path) -> None:
+    """Make the run folder, or raise a ConfigError that says why it cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"out={folder}: cannot be made a run folder: {error.strerror}") from error
+    if not os.access(folder, os.W_OK):
+        raise ConfigError(f"out={folder}: cannot be made a run folder: no permission to write into it")
+
+
 def _in_hydras_folder(config: DictConfig) -> DictConfig:
     """`out` is the folder Hydra made: that of a trial in a sweep, or what hydra.run.dir says."""
     config.out = HydraConfig.get().runtime.output_dir
@@ -182,6 +200,10 @@ def _as_text(word: str) -> str:
     if value in ("null", "???") or (len(value) > 1 and value[0] == value[-1] and value[0] in "'\""):
         return word
     return f"{key}={QuotedString(value, Quote.single).with_quotes()}".replace("${", "\\${")
+
+
+def _refused(message: str) -> NoReturn:
+    raise ConfigError(f"{message}; --hydra-help shows the switches")
 
 
 def _at_most_one(args: argparse.Namespace) -> None:

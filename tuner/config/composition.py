@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.config_repository import ConfigRepository
 from hydra._internal.utils import create_config_search_path
 from hydra.core.config_loader import ConfigLoader
-from hydra.core.config_search_path import SearchPathQuery
+from hydra.core.config_search_path import ConfigSearchPath, SearchPathQuery
 from hydra.core.utils import setup_globals
 from hydra.types import RunMode
 from hydra.version import setbase
@@ -52,12 +53,13 @@ def compose(overrides: Sequence[str] = (), *, config_name: str = PRIMARY, config
     return without_hydra(load(config_loader(config_dir=config_dir), overrides, config_name))
 
 
-def config_loader(conf: str | None = None, config_dir: str | None = None) -> ConfigLoader:
+def config_loader(conf: str | None = None, config_dir: str | None = None, keys: Collection[str] = ()) -> ConfigLoader:
     """Hydra's loader over our groups.
 
     Args:
         conf: a folder of groups in place of ours.
         config_dir: a further folder of groups that goes before.
+        keys: names that are keys of the command even where a group is called the same: `evaluate checkpoint=DIR`.
 
     Raises:
         ConfigError: one of these is no folder.
@@ -70,7 +72,20 @@ def config_loader(conf: str | None = None, config_dir: str | None = None) -> Con
     if config_dir is not None:
         before = SearchPathQuery(provider="main")
         search_path.prepend("command-line", f"file://{_folder('--config-dir', config_dir)}", before)
-    return ConfigLoaderImpl(config_search_path=search_path)
+    loader = ConfigLoaderImpl(config_search_path=search_path)
+    loader.repository = _Groups(search_path, keys)
+    return loader
+
+
+class _Groups(ConfigRepository):
+    """Hydra's groups without those whose names the command uses for keys."""
+
+    def __init__(self, search_path: ConfigSearchPath, keys: Collection[str]) -> None:
+        super().__init__(search_path)
+        self._keys = keys
+
+    def group_exists(self, config_path: str) -> bool:
+        return config_path not in self._keys and super().group_exists(config_path)
 
 
 def load(

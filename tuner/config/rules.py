@@ -35,6 +35,12 @@ class Rule:
 
 RULES = (
     Rule(
+        "out_is_named",
+        ("out",),
+        lambda out: isinstance(out, str) and not out.strip(),
+        "out={0}: expected the name of a run folder",
+    ),
+    Rule(
         "qlora_needs_quantization",
         ("peft.name", "quantization"),
         lambda name, quantization: name == "qlora" and quantization == "none",
@@ -113,6 +119,8 @@ def facts_of(config: Mapping[str, Any], wrong: Container[str] = ()) -> dict[str,
             facts |= {f"{group}.{key}": value for key, value in node.items()}
             if isinstance(target := node.get("_target_"), str):
                 facts[group] = target.split(".")[-2] if "." in target else target
+        elif group not in wrong:
+            facts[group] = node
     facts = {name: value for name, value in facts.items() if name not in wrong}
     if facts.get("model.path") is not None:
         facts |= {f"model.{key}": value for key, value in shape_of_folder(facts["model.path"]).items()}

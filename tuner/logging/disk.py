@@ -64,6 +64,7 @@ class DiskLogger:
     def start(self, run: RunInfo) -> None:
         """Write what is known before the first step; a fresh run begins `metrics.jsonl` anew, a resumed one goes on."""
         self.out.mkdir(parents=True, exist_ok=True)
+        (self.out / SUMMARY).unlink(missing_ok=True)  # a run that goes on has not ended, whatever kills it
         write_whole(self.out / CONFIG, yaml.safe_dump(dict(run.config), sort_keys=False, allow_unicode=True))
         write_whole(self.out / OVERRIDES, yaml.safe_dump(list(run.overrides), allow_unicode=True))
         write_json(self.out / ENVIRONMENT, {**environment(), "dataset": dict(run.dataset)})

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,17 @@ def next_commands(out: Path, config: Mapping[str, Any]) -> dict[str, str]:
         server = uri.startswith(("http://", "https://"))
         commands["compare"] = f"open {uri}" if server else f"mlflow ui --backend-store-uri {uri}"
     return commands
+
+
+def resume_command(out: Path, overrides: Sequence[str]) -> str:
+    """What continues a run that was stopped, from the folder it was started in.
+
+    Args:
+        out: its run folder.
+        overrides: the words it was started with.
+    """
+    words = [word for word in overrides if not word.lstrip("+").startswith(("out=", "hydra.run.dir="))]
+    return shlex.join(["python", "-m", "tuner", *words, f"out={out}"])
 
 
 def _member(node: Mapping[str, Any]) -> str:

@@ -51,7 +51,7 @@ def weight_files(folder: Path) -> list[Path]:
     """
     index = folder / INDEX
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = _named_in(index)
     elif (folder / SINGLE).is_file():
         names = [SINGLE]
     else:
@@ -62,6 +62,13 @@ def weight_files(folder: Path) -> list[Path]:
     for file in files:
         _check_length(file)
     return files
+
+
+def _named_in(index: Path) -> list[str]:
+    try:
+        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{index}: damaged: expected a JSON object with a weight_map") from error
 
 
 def _check_length(file: Path) -> None:

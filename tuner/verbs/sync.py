@@ -22,7 +22,7 @@ KEPT = (CONFIG, OVERRIDES, ENVIRONMENT, SAMPLES, "adapter")
 _TARGET = f"{MLflowLogger.__module__}.{MLflowLogger.__qualname__}"
 
 
-def sync(run_dir: Path) -> str:
+def sync(run_dir: str | Path) -> str:
     """Replay a run folder into MLflow; what the store holds already is left as it is, so it may be called again.
 
     The store is the one where the run was begun (`mlflow.json`); where none was reached, `MLFLOW_TRACKING_URI`, else
@@ -34,7 +34,7 @@ def sync(run_dir: Path) -> str:
     Raises:
         TunerError: if `run_dir` is not a run folder or the store cannot be used.
     """
-    folder = _read(run_dir.resolve())
+    folder = _read(Path(run_dir).expanduser().resolve())
     uri = _tracking_uri(MlflowRecord.read(folder.out), folder.settings)
     try:
         with silent():
