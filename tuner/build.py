@@ -6,13 +6,14 @@ known what trains and so what is cast.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
 
-from tuner.errors import ConfigError
+from tuner.errors import ConfigError, ModelError
 from tuner.models.family import config_of_folder
 from tuner.models.folder import load_weights
 from tuner.models.llama import Llama, LlamaConfig
@@ -111,6 +112,19 @@ def tokenizer_of(config: LlamaConfig) -> Tokenizer:
     folder = cache_folder() / "tiny-tokenizer"
     write_tiny_tokenizer(folder)
     return load_tokenizer(folder)
+
+
+def require_embedded(ids: Iterable[int], config: LlamaConfig) -> None:
+    """Refuse tokens that the model has no embedding of, as those of another model's tokenizer.
+
+    Raises:
+        ModelError: naming the largest.
+    """
+    if (largest := max(ids)) >= config.vocab_size:
+        raise ModelError(
+            f"model.path={config.path}: its tokenizer makes token {largest} and its embedding has {config.vocab_size} "
+            "rows (vocab_size); is the tokenizer that of another model?"
+        )
 
 
 def load_model(

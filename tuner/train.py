@@ -14,7 +14,15 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from tuner.build import build_model, count_parameters, device_of, load_base, tokenizer_of, trainable_dtype
+from tuner.build import (
+    build_model,
+    count_parameters,
+    device_of,
+    load_base,
+    require_embedded,
+    tokenizer_of,
+    trainable_dtype,
+)
 from tuner.checkpoint.continuation import decide
 from tuner.checkpoint.default import Checkpoints
 from tuner.checkpoint.full_disk import full_disk_said
@@ -122,6 +130,8 @@ def prepare(cfg: DictConfig, out: Path) -> Parts:
     model_config = located(instantiate(cfg.model))
     tokenizer = tokenizer_of(model_config)
     dataset: Dataset = instantiate(cfg.data).load(tokenizer)
+    samples = [*dataset.train, *dataset.validation]
+    require_embedded([tokenizer.pad_id, *(max(sample.tokens) for sample in samples)], model_config)
     batches = Batches(
         dataset.train,
         batch_size=cfg.train.batch_size,

@@ -19,6 +19,9 @@ from tuner.errors import CheckpointError, ModelError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+NAMED_PROBLEMS = 6
+"""Tensors that do not fit are named up to this many: a model of another size would name every one it has."""
+
 MAX_SHARD_BYTES = 5_000_000_000
 """transformers' own default is 5 GB a file up to version 4."""
 
@@ -124,7 +127,7 @@ def load_weights(model: nn.Module, folder: Path, dtype: torch.dtype, device: tor
         device: where they go.
 
     Raises:
-        ModelError: missing, unexpected or mis-shaped tensors, all of them named, before anything is allocated.
+        ModelError: missing, unexpected or mis-shaped tensors, before anything is allocated.
     """
     shared = {"lm_head.weight"} if getattr(model, "tied", False) else set()
     wanted = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False) if name not in shared}
@@ -137,7 +140,9 @@ def load_weights(model: nn.Module, folder: Path, dtype: torch.dtype, device: tor
         if wanted[name] != found[name]
     ]
     if problems:
-        raise ModelError(f"{folder}: weights do not fit config.json: " + "; ".join(sorted(problems)))
+        more = f"; and {len(problems) - NAMED_PROBLEMS} more" if len(problems) > NAMED_PROBLEMS else ""
+        named = "; ".join(sorted(problems)[:NAMED_PROBLEMS])
+        raise ModelError(f"{folder}: weights do not fit config.json: {named}{more}")
     for name, tensor in read_tensors(folder):
         if name in wanted:
             parent = model.get_submodule(name.rpartition(".")[0])

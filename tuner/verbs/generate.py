@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from omegaconf import DictConfig
 
+from tuner.build import require_embedded
 from tuner.errors import ConfigError
 from tuner.generation import generate as continue_tokens
 from tuner.types import Message
@@ -24,6 +25,7 @@ def generate(cfg: DictConfig, overrides: list[str]) -> str:
         prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
     else:
         prompt = tokenizer.encode(cfg.prompt)
+    require_embedded(prompt, source.model)
     context = source.model.max_position_embeddings
     if not 0 < len(prompt) < context:
         raise ConfigError(
