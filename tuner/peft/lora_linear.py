@@ -3,6 +3,9 @@
 One autograd function computes base and adapter together and keeps only the input and its rank-R projection for
 backward; composed from modules, autograd would also keep the adapter's output and the cast input. A frozen base
 that stores its weight in another form (`FrozenLinear`) is made dense again in backward rather than kept.
+
+The adapter's products have one side of only R. With that side as rows, CPU kernels are up to six times as fast as with
+it as columns, which in fp32 is a tenth of a training step: hence the transposed forms below.
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ class _LoRAFunction(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, x_a: Tensor | None, A: Tensor, B: Tensor, base: nn.Module, scale: float) -> Tensor:
         x_2d = x.reshape(-1, x.shape[-1])
         a_input = x_2d if x_a is None else x_a.reshape(-1, x.shape[-1])
-        projected = a_input @ A.to(x.dtype).t()
+        projected = (A.to(x.dtype) @ a_input.t()).t()
         out = F.linear(x_2d, dense_weight(base), base.bias)  # type: ignore[arg-type]
         out.addmm_(projected, B.to(x.dtype).t(), alpha=scale)
         ctx.save_for_backward(a_input, projected, A, B)
@@ -45,9 +48,9 @@ class _LoRAFunction(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         a_input, projected, A, B = ctx.saved_tensors
         grad_out = grads[0].reshape(-1, grads[0].shape[-1])
-        grad_projected = (grad_out @ B.to(grad_out.dtype)).mul_(ctx.scale)
+        grad_projected = (B.to(grad_out.dtype).t() @ grad_out.t()).mul_(ctx.scale).t()
         grad_A = (grad_projected.t() @ a_input).to(A.dtype)
-        grad_B = (grad_out.t() @ projected).mul_(ctx.scale).to(B.dtype)
+        grad_B = (projected.t() @ grad_out).mul_(ctx.scale).t().to(B.dtype, memory_format=torch.contiguous_format)
         grad_x = grad_x_a = None
         shape = (*grads[0].shape[:-1], A.shape[1])
         if ctx.needs_input_grad[0]:
