@@ -33,10 +33,11 @@ class _ExplicitCausal(torch.autograd.Function):
         K = k_BKTE.shape[1]
         scale = 1.0 / math.sqrt(E)
         q_BKGTE = q_BHTE.reshape(B, K, H // K * T, E)
-        p = q_BKGTE @ k_BKTE.transpose(-1, -2)
-        future = torch.ones(T, T, dtype=torch.bool, device=p.device).triu_(1)
-        p.view(B, H, T, T).mul_(scale).masked_fill_(future, float("-inf"))
-        p = torch.softmax(p, dim=-1)
+        # Adding -inf takes a third of the time of masked_fill_, and scaling within the product takes none.
+        future = torch.full((T, T), -math.inf, dtype=q_BHTE.dtype, device=q_BHTE.device).triu_(1).repeat(H // K, 1)
+        q, k = q_BKGTE.flatten(0, 1), k_BKTE.flatten(0, 1)
+        scores = torch.baddbmm(future, q, k.transpose(-1, -2), alpha=scale)
+        p = torch.softmax(scores, dim=-1).view(B, K, H // K * T, T)
         ctx.save_for_backward(q_BKGTE, k_BKTE, v_BKTE, p)
         ctx.scale = scale
         return (p @ v_BKTE).view(B, H, T, E)
@@ -48,9 +49,9 @@ class _ExplicitCausal(torch.autograd.Function):
         grad_out = grads[0].reshape(q.shape)
         grad_v = p.transpose(-1, -2) @ grad_out
         grad_p = grad_out @ v.transpose(-1, -2)
-        grad_scores = torch._softmax_backward_data(grad_p, p, -1, p.dtype).mul_(ctx.scale)
-        grad_q = (grad_scores @ k).view(B, H, T, E)
-        grad_k = grad_scores.transpose(-1, -2) @ q
+        grad_scores = torch._softmax_backward_data(grad_p, p, -1, p.dtype)
+        grad_q = (grad_scores @ k).mul_(ctx.scale).view(B, H, T, E)
+        grad_k = (grad_scores.transpose(-1, -2) @ q).mul_(ctx.scale)
         return grad_q, grad_k, grad_v
 
 
