@@ -137,9 +137,7 @@ def test_a_rank_above_a_layers_size_is_refused(rank: int, fits: bool) -> None:
     if fits:
         lora(lora_rank=rank).adapt(llama())
         return
-    with pytest.raises(
-        ModelError, match=r"peft.lora_rank=17 is larger than .*layers.0.self_attn.k_proj \[16 x 32\]"
-    ):
+    with pytest.raises(ModelError, match=r"peft.lora_rank=17 is larger than .*layers.0.self_attn.k_proj \[16 x 32\]"):
         lora(lora_rank=rank).adapt(llama())
 
 
