@@ -49,9 +49,12 @@ def test_uses_the_public_api_only(file: Path) -> None:
     assert not {name for name in imported if name.startswith("tuner.")}
 
 
+SHORT = "train.max_steps=3 train.batch_size=2 data.max_val_samples=8 train.num_samples=1 train.max_new_tokens=4"
+
+
 @pytest.mark.slow
 def test_first_run_trains_plots_and_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FIRST_RUN_MAX_STEPS", "3")
+    monkeypatch.setenv("FIRST_RUN_LENGTH", SHORT)
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     notebook = read(FOLDER / "first_run.ipynb")
     NotebookClient(notebook, timeout=1200, resources={"metadata": {"path": str(tmp_path)}}).execute(
