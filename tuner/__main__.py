@@ -39,16 +39,22 @@ class Verb:
     makes_folder: bool = False
 
 
+FOLDERS = ("run", "adapter", "checkpoint")
+
 VERBS = {
     "run": Verb("tuner.train:run", "one training run (the default verb); -m sweeps", "config", makes_folder=True),
     "ls": Verb("tuner.verbs.ls:ls", "the config groups, or the options of one, a line each", takes=("[GROUP]",)),
     "cp": Verb("tuner.verbs.cp:cp", "copy a config file to edit it", takes=("NAME", "DEST")),
     "validate": Verb("tuner.verbs.validate:validate", "check a run without running it; its parameter counts", "config"),
     "generate": Verb(
-        "tuner.verbs.generate:generate", "text from a model", "verb/generate", "Generate", ("prompt", "system")
+        "tuner.verbs.generate:generate",
+        "text from a model",
+        "verb/generate",
+        "Generate",
+        ("prompt", "system", *FOLDERS),
     ),
-    "evaluate": Verb("tuner.verbs.evaluate:evaluate", "loss and perplexity", "verb/evaluate", "Evaluate"),
-    "merge": Verb("tuner.verbs.merge:merge", "an adapter into its base", "verb/merge", "Merge"),
+    "evaluate": Verb("tuner.verbs.evaluate:evaluate", "loss and perplexity", "verb/evaluate", "Evaluate", FOLDERS),
+    "merge": Verb("tuner.verbs.merge:merge", "an adapter into its base", "verb/merge", "Merge", (*FOLDERS, "dest")),
     "sync": Verb("tuner.verbs.sync:sync", "replay a run folder into MLflow", takes=("DIR",)),
 }
 

@@ -83,6 +83,7 @@ class Shell:
             patch.chdir(self.folder)
             for name in [name for name in os.environ if name.startswith(("MLFLOW_", "HYDRA_"))]:
                 patch.delenv(name)
+            torch.set_num_threads(1)
             try:
                 code = reported(lambda: dispatch(words), debug)
             finally:

@@ -72,11 +72,11 @@ def test_two_runs_of_one_configuration_are_equal(shell: Any, words: list[str], w
 
 
 def test_ctrl_c_saves_and_the_printed_command_continues_bitwise(shell: Any, words: list[str], whole: str) -> None:
-    process = shell.start(*words, "out=stopped run")
-    done = shell.at_step(process, "stopped run", 5, [signal.SIGINT])
+    process = shell.start(*words, "out='my (stopped), run'")
+    done = shell.at_step(process, "my (stopped), run", 5, [signal.SIGINT])
     assert done.code == 130
-    folder = shell.folder / "stopped run"
-    told = summary(shell, "stopped run")
+    folder = shell.folder / "my (stopped), run"
+    told = summary(shell, "my (stopped), run")
     (saved,) = (folder / "checkpoints").iterdir()
     assert 5 <= told["steps"] < STEPS
     assert saved.name == f"step-{told['steps']:08d}"
@@ -85,7 +85,7 @@ def test_ctrl_c_saves_and_the_printed_command_continues_bitwise(shell: Any, word
     assert second.startswith("resume: python -m tuner model=tiny ")
     assert (told["status"], told["reason"]) == ("stopped", first)
     assert told["val_loss_before"] is not None
-    assert mlflow_status(shell, "stopped run") == "KILLED"
+    assert mlflow_status(shell, "my (stopped), run") == "KILLED"
     assert str(saved.parent) in done.out
     assert resume_line(done.err) in done.out
     assert resume_line(done.err) in (folder / "run.log").read_text()
@@ -93,9 +93,9 @@ def test_ctrl_c_saves_and_the_printed_command_continues_bitwise(shell: Any, word
     resumed = shell.line(resume_line(done.err))
     assert (resumed.code, resumed.err) == (0, "")
     assert f"resumed at step {told['steps']} of {STEPS}" in resumed.out
-    assert_equal_runs(shell, "stopped run", whole)
-    assert mlflow_status(shell, "stopped run") == "FINISHED"
-    assert summary(shell, "stopped run")["mlflow_run_id"] == told["mlflow_run_id"]
+    assert_equal_runs(shell, "my (stopped), run", whole)
+    assert mlflow_status(shell, "my (stopped), run") == "FINISHED"
+    assert summary(shell, "my (stopped), run")["mlflow_run_id"] == told["mlflow_run_id"]
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,10 @@ RESULTS = {
     "summary.json": "summary",
     "run.log": "log",
 }
+
+
+PLAIN = re.compile(r"[\w./:@%+ -]+")
+"""Values that Hydra reads as they are; a comma would be a sweep."""
 
 
 def header(config: Mapping[str, Any], summary: Summary, dataset: Mapping[str, Any], total_steps: int) -> dict[str, str]:
@@ -49,15 +54,16 @@ def saved_in(out: Path) -> dict[str, str]:
 
 def next_commands(out: Path, config: Mapping[str, Any]) -> dict[str, str]:
     """What to do with a finished run."""
+    run = shlex.quote(f"run={out}")
     commands = {
-        "generate": f'python -m tuner generate run={out} prompt="..."',
-        "evaluate": f"python -m tuner evaluate run={out}",
+        "generate": f'python -m tuner generate {run} prompt="..."',
+        "evaluate": f"python -m tuner evaluate {run}",
     }
     if (out / "adapter").is_dir():
-        commands["merge"] = f"python -m tuner merge run={out} dest={out / 'merged'}"
+        commands["merge"] = f"python -m tuner merge {run} {shlex.quote(f'dest={out}/merged')}"
     if uri := config["logger"].get("tracking_uri"):
         server = uri.startswith(("http://", "https://"))
-        commands["compare"] = f"open {uri}" if server else f"mlflow ui --backend-store-uri {uri}"
+        commands["compare"] = f"open {uri}" if server else f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
     return commands
 
 
@@ -69,7 +75,10 @@ def resume_command(out: Path, overrides: Sequence[str]) -> str:
         overrides: the words it was started with.
     """
     words = [word for word in overrides if not word.lstrip("+").startswith(("out=", "hydra.run.dir="))]
-    return shlex.join(["python", "-m", "tuner", *words, f"out={out}"])
+    folder = str(out)
+    if not PLAIN.fullmatch(folder):
+        folder = "'" + folder.replace("'", "\\'") + "'"
+    return shlex.join(["python", "-m", "tuner", *words, f"out={folder}"])
 
 
 def _member(node: Mapping[str, Any]) -> str:
