@@ -5,7 +5,7 @@ backward; composed from modules, autograd would also keep the adapter's output a
 that stores its weight in another form (`FrozenLinear`) is made dense again in backward rather than kept.
 
 The adapter's products have one side of only R. With that side as rows, CPU kernels are up to six times as fast as with
-it as columns, which in fp32 is a tenth of a training step: hence the transposed forms below.
+it as columns: hence the transposed forms below.
 """
 
 from __future__ import annotations
