@@ -42,6 +42,26 @@ def device_of(name: str) -> torch.device:
     return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
 
 
+def require_compiler(device: torch.device) -> None:
+    """Refuse `train.compile=true` where `torch.compile` would find no C++ compiler after the run has begun.
+
+    Raises:
+        ConfigError: naming what was looked for.
+    """
+    if device.type != "cpu":
+        return  # Triton brings its own
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except (InvalidCxxCompiler, OSError) as error:
+        raise ConfigError(
+            "train.compile=true: torch.compile finds no C++ compiler here; install g++, or name one in the environment "
+            "variable CXX, or say train.compile=false"
+        ) from error
+
+
 def load_base(config: LlamaConfig, dtype: torch.dtype, device: torch.device, seed: int) -> Llama:
     """The pretrained (or, where asked for, random) model, frozen.
 

@@ -19,6 +19,7 @@ from tuner.build import (
     count_parameters,
     device_of,
     load_base,
+    require_compiler,
     require_embedded,
     tokenizer_of,
     trainable_dtype,
@@ -126,6 +127,8 @@ def prepare(cfg: DictConfig, out: Path) -> Parts:
     torch.manual_seed(cfg.seed)
     torch.set_num_threads(cfg.train.num_threads)
     device = device_of(cfg.device)
+    if cfg.train.compile:
+        require_compiler(device)
     precision, fallback = resolve(instantiate(cfg.precision), device)
     model_config = located(instantiate(cfg.model))
     tokenizer = tokenizer_of(model_config)

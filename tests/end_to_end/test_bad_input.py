@@ -112,6 +112,11 @@ def test_a_device_that_is_not_there(shell: Any) -> None:
     assert_one_clear_line(shell, done, "device=cuda", "valid here: auto, cpu")
 
 
+def test_compiling_without_a_compiler(shell: Any, tmp_path: Path) -> None:
+    done = shell("model=tiny", *shell.data, *QUICK, "train.compile=true", PATH=str(tmp_path), CXX="")
+    assert_one_clear_line(shell, done, "train.compile=true: torch.compile finds no C++ compiler here")
+
+
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model folder as transformers writes it."""

@@ -62,6 +62,7 @@ class WandbLogger(BackgroundLogger):
         import wandb
 
         run.out.mkdir(parents=True, exist_ok=True)
+        quiet = wandb.Settings(silent=True, console="off", init_timeout=self.connect_timeout_s)
         self._run = wandb.init(
             project=self.project,
             entity=self.entity,
@@ -72,8 +73,9 @@ class WandbLogger(BackgroundLogger):
             config=dict(run.config),
             dir=run.out,
             mode=self.mode,
-            settings=wandb.Settings(silent=True, console="off", init_timeout=self.connect_timeout_s),
+            settings=quiet,
         )
+        wandb.termsetup(quiet, None)  # what it says outside of a run, as of every folder it takes
         self._run.define_metric("*", step_metric="step")  # W&B's own step refuses the replayed steps of a resumed run
         self._run.config.update({"dataset": dict(run.dataset)}, allow_val_change=True)
         return {"wandb_run_id": self._run.id}

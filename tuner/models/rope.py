@@ -26,8 +26,10 @@ def rope_table(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtyp
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
-    out = torch.empty_like(x)
     x_low, x_high = x.chunk(2, dim=-1)
+    if torch.compiler.is_compiling():  # a compiler fuses this form, and stumbles over writing into chunks
+        return torch.cat([x_low * cos - sign * (x_high * sin), x_high * cos + sign * (x_low * sin)], dim=-1)
+    out = torch.empty_like(x)
     out_low, out_high = out.chunk(2, dim=-1)
     torch.mul(x_low, cos, out=out_low).addcmul_(x_high, sin, value=-sign)
     torch.mul(x_high, cos, out=out_high).addcmul_(x_low, sin, value=sign)
