@@ -146,7 +146,7 @@ def load_weights(model: nn.Module, folder: Path, dtype: torch.dtype, device: tor
     for name, tensor in read_tensors(folder):
         if name in wanted:
             parent = model.get_submodule(name.rpartition(".")[0])
-            # A copy even where nothing changes: one tensor that lies in the mapped file keeps all of its pages resident.
+            # A copy even where nothing changes: one tensor in the mapped file would keep all of its pages resident.
             value = tensor.to(device=device, dtype=dtype, copy=True)
             setattr(parent, name.rpartition(".")[2], nn.Parameter(value, requires_grad=False))
 
