@@ -284,10 +284,14 @@ def test_the_shell_sees_the_same_and_a_traceback_only_on_demand(shell: Any, llam
     folder = shutil.copytree(llama, tmp_path / "llama")
     cut("model.safetensors", 100_000)(folder)
     words = ["model=llama", f"model.path={folder}", *shell.data, *QUICK]
-    plain, full, debug = shell.start(*words), shell.start(*words, HYDRA_FULL_ERROR="1"), shell.start(*words, "--debug")
-    assert_one_clear_line(shell, shell.end(plain), f"error: {folder}/model.safetensors: truncated")
-    for process in (full, debug):
-        done = shell.end(process)
+    started = [
+        shell.start(*words),
+        shell.start(*words, "out=full", HYDRA_FULL_ERROR="1"),
+        shell.start(*words, "out=debug", "--debug"),
+    ]
+    plain, *full = [shell.end(process) for process in started]
+    assert_one_clear_line(shell, plain, f"error: {folder}/model.safetensors: truncated")
+    for done in full:
         assert (done.code, done.err.startswith("Traceback")) == (2, True)
         assert done.err.splitlines()[-1].startswith(f"error: {folder}/model.safetensors: truncated")
 
