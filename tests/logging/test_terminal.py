@@ -69,11 +69,11 @@ def test_a_live_bar_on_a_terminal_and_plain_text_in_the_log(tmp_path: Path) -> N
     import pty
 
     script = (
-        "import sys; sys.path.insert(0, 'tests/logging'); from pathlib import Path\n"
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); from pathlib import Path\n"
         f"from test_terminal import _whole_run; _whole_run(Path({str(tmp_path)!r}))"
     )
     reader, writer = pty.openpty()
-    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "TERM": "xterm-256color", "COLUMNS": "140"}
+    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "140"}
     process = subprocess.Popen([sys.executable, "-c", script], stdout=writer, env=environment)
     os.close(writer)
     screen = b""
