@@ -83,6 +83,7 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> Summary:
     if decide(out, config, cfg.checkpoint.resume) == "finished":
         return finished_before(out)
 
+    print("preparing the data and the model ...", flush=True)  # seconds in which nothing else could be seen
     parts = prepare(cfg, out)
     state = parts.state
     with (

@@ -19,8 +19,24 @@ from tuner.types import CausalLM
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."
-UNSUPPORTED = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "layer_replication")
-"""Settings of PEFT which change what an adapter computes and are refused when they are set."""
+UNDERSTOOD = {
+    *(
+        "task_type",
+        "peft_type",
+        "auto_mapping",
+        "peft_version",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+    ),
+    *("r", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_alpha", "lora_dropout"),
+    *("bias", "use_rslora", "init_lora_weights", "megatron_core", "qalora_group_size", "runtime_config"),
+}
+"""Settings of PEFT which are applied here, or say nothing about what a saved adapter computes. Any other that is set is
+refused: a setting that were ignored would give another model in silence."""
+
+MOVES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Beginnings of `init_lora_weights` under which PEFT changes the base weights too."""
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
@@ -89,8 +105,10 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         raise ModelError(f"{path}: not JSON ({error})") from error
     if (kind := config.get("peft_type")) != "LORA":
         raise ModelError(f"{path}: peft_type={kind} is not supported; valid: LORA")
-    if used := [key for key in UNSUPPORTED if config.get(key)]:
+    if used := [key for key, value in config.items() if value and key not in UNDERSTOOD]:
         raise ModelError(f"{path}: {', '.join(used)} cannot be loaded here")
+    if str(init := config.get("init_lora_weights")).startswith(MOVES_THE_BASE):
+        raise ModelError(f"{path}: init_lora_weights={init} changes the base weights too, which cannot be loaded here")
     if config.get("bias", "none") != "none":
         raise ModelError(f"{path}: bias={config['bias']} is not supported; valid: none")
     return dict(config)
