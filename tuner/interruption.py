@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -34,6 +35,8 @@ def stop_on_signals() -> Iterator[StopRequest]:
         if request.reason is not None:
             raise KeyboardInterrupt
         request.reason = signal.Signals(number).name
+        # Not print: a handler may run in the middle of one.
+        os.write(2, b"\nstopping: the step is finished and saved first; a second signal stops at once\n")
 
     before: dict[int, Any] = {number: signal.signal(number, on_signal) for number in SIGNALS}
     try:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import resource
 import sys
 from collections import deque
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 
@@ -37,8 +39,23 @@ class Speed:
 
 
 def peak_memory_mib(device: torch.device) -> float:
-    """CUDA: the most that was allocated at once; CPU: the largest resident set of this process so far."""
+    """CUDA: the most that was allocated at once; CPU: the largest resident set, both since `reset_peak_memory`.
+
+    Where the system cannot reset it (macOS), the largest resident set since the process began.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    if sys.platform == "linux":
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) / 2**10
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Begin a new measurement, so that a second run in one process does not report the first one's peak."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif sys.platform == "linux":
+        with suppress(OSError):  # a kernel without it goes on measuring since the process began
+            Path("/proc/self/clear_refs").write_text("5")  # proc(5): VmHWM becomes the current resident set

@@ -25,8 +25,8 @@ class Train:
     Args:
         batch_size: examples in one forward and backward pass.
         gradient_accumulation_steps: passes that make one optimizer step.
-        max_steps: optimizer steps; None is by `epochs`.
-        epochs: passes over the training data where `max_steps` is None.
+        max_steps: optimizer steps; None goes by `epochs`.
+        epochs: passes over the training data; None goes by `max_steps`.
         clip_grad_norm: largest norm of the whole gradient; None is unclipped.
         log_every_steps: distance of the lines in metrics.jsonl.
         val_every_steps: distance of the evaluations between the first and the last; None is at epoch ends only.
@@ -40,7 +40,7 @@ class Train:
     batch_size: PositiveInt
     gradient_accumulation_steps: PositiveInt
     max_steps: PositiveInt | None
-    epochs: PositiveInt
+    epochs: PositiveInt | None
     clip_grad_norm: PositiveFloat | None
     log_every_steps: PositiveInt
     val_every_steps: PositiveInt | None

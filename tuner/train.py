@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from hydra.utils import instantiate
@@ -37,13 +39,13 @@ from tuner.logging.header import header, next_commands, resume_command, saved_in
 from tuner.logging.run_log import RunLog
 from tuner.logging.terminal import Terminal
 from tuner.loop import Schedule, Step, evaluate, training_steps
-from tuner.measure import Speed, peak_memory_mib
+from tuner.measure import Speed, peak_memory_mib, reset_peak_memory
 from tuner.models.family import located
 from tuner.models.llama import Llama
 from tuner.optimizers.custom import custom
 from tuner.precision.resolve import resolve
 from tuner.results import finished_before, save_results
-from tuner.types import Batch, Dataset, Precision, RunInfo, State, Summary, Tokenizer
+from tuner.types import Batch, Dataset, Logger, Precision, RunInfo, State, Summary, Tokenizer
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class Parts:
     state: State
     schedule: Schedule
     checkpoints: Checkpoints
+    logger: Logger
     total_steps: int
     notes: Sequence[str]
 
@@ -83,24 +86,26 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> Summary:
     if decide(out, config, cfg.checkpoint.resume) == "finished":
         return finished_before(out)
 
-    print("preparing the data and the model ...", flush=True)  # seconds in which nothing else could be seen
-    parts = prepare(cfg, out)
+    if sys.stderr.isatty():
+        print("preparing the data and the model ...", file=sys.stderr, flush=True)
+    with warnings.catch_warnings(record=True) as noted:
+        parts = prepare(cfg, out)
     state = parts.state
+    resumed = parts.checkpoints.restore(out, state)
     with (
         full_disk_said(out),
         instantiate(cfg.distributed),
         stop_on_signals() as stop,
         Terminal(out) as terminal,
     ):
-        resumed = parts.checkpoints.restore(out, state)
-        log = RunLog(terminal, DiskLogger(out), instantiate(cfg.logger))
+        log = RunLog(terminal, DiskLogger(out), parts.logger)
         log.start(RunInfo(out, config, overrides, described(parts.dataset), resumed))
         total, trainable = count_parameters(state.model)
         summary = Summary("failed", str(out), total_params=total, trainable_params=trainable)
         summary.precision, summary.trainable_dtype = parts.precision.name, trainable_dtype(state.model)
         summary.device = str(parts.device)
         terminal.header(header(config, summary, described(parts.dataset), parts.total_steps))
-        for note in parts.notes:
+        for note in [*parts.notes, *(str(warning.message) for warning in noted if warning.category is UserWarning)]:
             terminal.say(note)
         if resumed:
             terminal.say(f"resumed at step {state.step} of {parts.total_steps}")
@@ -125,6 +130,7 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> Summary:
 
 def prepare(cfg: DictConfig, out: Path) -> Parts:
     """Tokenizer, data, model and optimizer: all that can be wrong is found here, before anything is written."""
+    reset_peak_memory(device_of(cfg.device))
     torch.manual_seed(cfg.seed)
     torch.set_num_threads(cfg.train.num_threads)
     device = device_of(cfg.device)
@@ -155,6 +161,7 @@ def prepare(cfg: DictConfig, out: Path) -> Parts:
         model.compile_layers()
     optimizer = build_optimizer(cfg.optimizer, [p for p in model.parameters() if p.requires_grad])
     checkpoints: Checkpoints = instantiate(cfg.checkpoint)
+    logger: Logger = instantiate(cfg.logger)
     state = State(model, optimizer, batches)
     checkpoints.require_room(out, state)
     return Parts(
@@ -166,6 +173,7 @@ def prepare(cfg: DictConfig, out: Path) -> Parts:
         state,
         instantiate(cfg.schedule),
         checkpoints,
+        logger,
         cfg.train.max_steps or cfg.train.epochs * batches.steps_per_epoch,
         [fallback] if fallback else [],
     )
@@ -196,6 +204,8 @@ def fit(parts: Parts, cfg: DictConfig, log: RunLog, stop: StopRequest, summary: 
         state.before = write_samples(parts, train.num_samples, train.max_new_tokens)
     summary.val_loss_before = state.val_loss_before
     summary.seconds_to_first_step = time.perf_counter() - started
+    if stop.reason is not None and state.step < parts.total_steps:
+        stopped(parts, summary, stop)
     speed = Speed()
     record(summary, state, speed, parts.device)
     log.terminal.start(parts.total_steps, state.step)
@@ -209,10 +219,10 @@ def fit(parts: Parts, cfg: DictConfig, log: RunLog, stop: StopRequest, summary: 
         if last or step.ends_epoch or (train.val_every_steps and step.number % train.val_every_steps == 0):
             summary.val_loss = validate(parts, log)
         record(summary, state, speed, parts.device)
-        if last or stop.reason is not None or parts.checkpoints.due(step.number):
-            saved = parts.checkpoints.save(Path(summary.out), state)
         if stop.reason is not None and not last:
-            raise Interrupted(f"stopped by {stop.reason} after step {step.number}, saved in {saved}")
+            stopped(parts, summary, stop)
+        if last or parts.checkpoints.due(step.number):
+            parts.checkpoints.save(Path(summary.out), state)
     if summary.val_loss is None:  # an earlier process did the last step and was stopped before its results were saved
         summary.val_loss = validate(parts, log)
     summary.objective = getattr(summary, train.objective)
@@ -222,6 +232,12 @@ def fit(parts: Parts, cfg: DictConfig, log: RunLog, stop: StopRequest, summary: 
     quantization = {"name": cfg.quantization._target_.split(".")[-2], **keys_of(cfg.quantization)}
     for folder in save_results(state.model, parts.tokenizer, Path(summary.out), quantization=quantization):
         log.artifact(folder)
+
+
+def stopped(parts: Parts, summary: Summary, stop: StopRequest) -> NoReturn:
+    """Save, and end the run as one that was asked to stop."""
+    saved = parts.checkpoints.save(Path(summary.out), parts.state)
+    raise Interrupted(f"stopped by {stop.reason} after step {parts.state.step}, saved in {saved}")
 
 
 def validate(parts: Parts, log: RunLog) -> float:

@@ -265,7 +265,7 @@ class State:
         batches: the training windows; its `position` is the place in the data.
         step: optimizer steps done.
         tokens: tokens the model has read while training, padding excluded.
-        seconds: time spent training, evaluating and saving, over all processes.
+        seconds: time spent in steps, over all processes.
         train_loss: of the last step.
         val_loss_before: validation loss before the first step.
         before: what the model wrote for the sample prompts before the first step.

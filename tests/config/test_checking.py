@@ -59,6 +59,7 @@ RULE_ROWS = [
     ("lora_rank_within_matrix", ["peft.lora_rank=193"], "side of an adapted matrix, 192; valid: 1 to 192"),
     ("full_trains_what_it_computes_with", ["peft=full", "precision.trainable=bf16"], "say precision=bf16, or"),
     ("warmup_within_run", ["schedule.warmup_steps=61"], "61: longer than the run, train.max_steps=60"),
+    ("steps_or_epochs", ["train.epochs=3"], "say train.max_steps=null train.epochs=N, or"),
     ("sequence_within_context", ["data.max_seq_len=8193"], "longer than the model's context, 8192 tokens"),
 ]
 ACCEPTED = [
@@ -72,7 +73,7 @@ ACCEPTED = [
     ["peft.lora_rank=193", "peft.lora_attn_modules=[q_proj]"],
     ["peft.apply_lora_to_output=true", "model=llama2_7b"],
     ["schedule.warmup_steps=60"],
-    ["schedule.warmup_steps=61", "train.max_steps=null"],
+    ["schedule.warmup_steps=61", "train.max_steps=null", "train.epochs=1"],
     ["optimizer.lr=1"],
     ["memory.activation_checkpointing=true"],
     ["memory.activation_checkpointing=full"],

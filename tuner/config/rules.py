@@ -86,6 +86,13 @@ RULES = (
         "schedule.warmup_steps={0}: longer than the run, train.max_steps={1}; say schedule.warmup_steps=0",
     ),
     Rule(
+        "steps_or_epochs",
+        ("train.max_steps", "train.epochs"),
+        lambda steps, epochs: (steps is None) == (epochs is None),
+        "train.max_steps={0} train.epochs={1}: the length of a run is one of the two; say train.max_steps=null "
+        "train.epochs=N, or train.max_steps=N train.epochs=null",
+    ),
+    Rule(
         "sequence_within_context",
         ("data.max_seq_len", "model.max_position_embeddings"),
         lambda length, context: length is not None and length > context,
