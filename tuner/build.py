@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 import torch
 from torch import nn
@@ -20,9 +20,10 @@ from tuner.models.llama import Llama, LlamaConfig
 from tuner.models.package import cache_folder
 from tuner.models.random_weights import fill_with_random_weights
 from tuner.peft.adapter_folder import load_adapter
+from tuner.peft.lora_linear import Adapter
 from tuner.tokenizers import load_tokenizer
 from tuner.tokenizers.tiny import write_tiny_tokenizer
-from tuner.types import Peft, Precision, Quantization, Tokenizer
+from tuner.types import FrozenLinear, Peft, Precision, Quantization, Tokenizer
 
 
 class MemoryTechniques(Protocol):
@@ -158,23 +159,27 @@ def load_model(
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """Total and trainable parameters; a packed weight counts as the matrix it stands for, adapters count."""
-    total = trainable = 0
-    packed = {
-        id(parameter)
-        for module in model.modules()
-        if hasattr(module, "dense_weight")
-        for parameter in module.parameters(recurse=False)
-    }
-    for module in model.modules():
-        if hasattr(module, "dense_weight"):
-            total += cast(Any, module).in_features * cast(Any, module).out_features
-            total += 0 if cast(Any, module).bias is None else cast(Any, module).out_features
-    for parameter in model.parameters():
-        if id(parameter) not in packed:
-            total += parameter.numel()
-        trainable += parameter.numel() if parameter.requires_grad else 0
-    return total, trainable
+    """Parameters of the model itself and those that train.
+
+    A packed weight counts as the matrix it stands for and an adapter is no part of the model, so the first number is
+    the published one whatever the method.
+    """
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return sum(_own_parameters(module) for module in model.modules()) - _tied_parameters(model), trainable
+
+
+def _own_parameters(module: nn.Module) -> int:
+    if isinstance(module, Adapter):
+        return 0
+    if isinstance(module, FrozenLinear):
+        bias = 0 if module.bias is None else module.out_features
+        return module.in_features * module.out_features + bias
+    return sum(p.numel() for p in module.parameters(recurse=False))
+
+
+def _tied_parameters(model: nn.Module) -> int:
+    """What the sum over modules counts twice: a matrix that is both embedding and head."""
+    return cast(Llama, model).lm_head.weight.numel() if cast(Llama, model).tied else 0
 
 
 def count_from_config(config: LlamaConfig, quantization: Quantization, peft: Peft) -> tuple[int, int]:

@@ -309,7 +309,8 @@ class Summary:
         tokens: tokens read while training, prompts included, padding excluded.
         tokens_per_s: of this process, padding excluded, evaluations excluded.
         peak_memory_mib: CUDA: largest allocated memory; CPU: peak resident set of the process.
-        trainable_params, total_params: numbers of parameters, adapters included, packed ones as what they stand for.
+        total_params: parameters of the model, packed ones as what they stand for, adapters not counted.
+        trainable_params: those that train.
         seconds: from the start of the process's run to its end.
         seconds_to_first_step: of it, what passed before training began.
         precision, trainable_dtype, device: what really ran.
