@@ -108,6 +108,7 @@ def write_model(folder: Path, dtype: str) -> None:
         max_position_embeddings=8192,
         rms_norm_eps=1e-5,
         rope_theta=1e5,
+        rope_scaling=None,
         tie_word_embeddings=True,
         attention_bias=False,
         mlp_bias=False,

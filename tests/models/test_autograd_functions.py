@@ -89,7 +89,7 @@ def rotate_half(x: Tensor) -> Tensor:
 @dtypes
 def test_rope(dtype: torch.dtype) -> None:
     """Against the rotate-half form; the table is exact in fp32 and rounded in bf16, for both sides alike."""
-    cos, sin = rope_table(torch.arange(3, 14), 12, 10_000.0, dtype)
+    cos, sin = rope_table(torch.arange(3, 14), 12, 10_000.0, None, dtype)
 
     def composed(x: Tensor) -> Tensor:
         return x * torch.cat((cos, cos), -1).float() + rotate_half(x) * torch.cat((sin, sin), -1).float()
@@ -101,7 +101,7 @@ def test_rope(dtype: torch.dtype) -> None:
 
 
 def test_rope_table_is_the_papers() -> None:
-    cos, sin = rope_table(torch.tensor([0, 1, 1000]), 8, 500.0, torch.float32)
+    cos, sin = rope_table(torch.tensor([0, 1, 1000]), 8, 500.0, None, torch.float32)
     for row, position in enumerate([0, 1, 1000]):
         for i in range(4):
             angle = torch.tensor(position * 500.0 ** (-2 * i / 8), dtype=torch.float64)
@@ -115,7 +115,8 @@ def test_rope_makes_scores_a_function_of_the_distance() -> None:
 
     def score(i: int, j: int) -> float:
         rotated = [
-            apply_rope(x, *rope_table(torch.tensor([at]), 16, 10_000.0, torch.float32)) for x, at in ((q, i), (k, j))
+            apply_rope(x, *rope_table(torch.tensor([at]), 16, 10_000.0, None, torch.float32))
+            for x, at in ((q, i), (k, j))
         ]
         return float((rotated[0] * rotated[1]).sum())
 
@@ -183,7 +184,7 @@ def test_the_kernel_of_a_device() -> None:
 
 
 def rope_of(x: Tensor) -> Tensor:
-    return apply_rope(x, *rope_table(torch.arange(4), 6, 100.0, torch.float64))
+    return apply_rope(x, *rope_table(torch.arange(4), 6, 100.0, None, torch.float64))
 
 
 @pytest.mark.parametrize(

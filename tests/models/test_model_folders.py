@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -113,7 +116,11 @@ def test_both_generations_of_config_mean_the_same(folder: Path, theta: float) ->
     ("change", "said"),
     [
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_type='yarn' is not supported; valid: "),
-        ({"rope_parameters": None, "rope_scaling": {"type": "linear"}}, "rope_type='linear' is not supported; valid: "),
+        ({"rope_parameters": None, "rope_scaling": {"type": "linear"}}, "rope_type='linear' lacks factor"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 0}}, "rope_type='linear': factor=0 is no number > 0"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "beta": 1}}, "has no beta; valid: factor"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "lacks low_freq_factor, high_freq_factor, orig"),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5 is"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported; valid: silu"),
         ({"model_type": "lama"}, "model_type=lama is not supported; did you mean llama? valid: "),
         ({"num_key_value_heads": 3}, "num_key_value_heads=3 does not divide num_attention_heads=4"),
@@ -122,6 +129,18 @@ def test_both_generations_of_config_mean_the_same(folder: Path, theta: float) ->
 def test_a_config_it_cannot_do_is_refused(folder: Path, change: dict[str, Any], said: str) -> None:
     edit_config(folder, lambda config: config.update(change))
     assert said in refusal(folder)
+
+
+def test_rotary_frequencies_of_older_exports_are_skipped(folder: Path) -> None:
+    """Llama 2 folders of 2023 hold this buffer, which every layer computes for itself."""
+    expected = logits(folder)
+
+    def older(tensors: dict[str, Tensor]) -> None:
+        for index in range(2):
+            tensors[f"model.layers.{index}.self_attn.rotary_emb.inv_freq"] = torch.ones(3)
+
+    edit_tensors(folder, older)
+    assert torch.equal(logits(folder), expected)
 
 
 def test_missing_keys_are_all_named(folder: Path) -> None:
@@ -242,3 +261,22 @@ def test_a_full_disk_is_said_before_anything_is_written(tmp_path: Path, monkeypa
     with pytest.raises(CheckpointError, match=r"no room for the model: .* has 0 MiB free and needs 0 MiB"):
         save_weights(tmp_path / "model", model.config.to_hugging_face(), plain_tensors(model))
     assert not list((tmp_path / "model").iterdir())
+
+
+def test_a_scaling_is_one_key_of_the_configuration() -> None:
+    said = (
+        "{rope_type: llama3, factor: 8, low_freq_factor: 1, high_freq_factor: 4, original_max_position_embeddings: 64}"
+    )
+    cfg = tuner.compose(["model=llama", f"model.rope_scaling={said}"])
+    tuner.check(cfg)
+    config = instantiate(cfg.model)
+    again = LlamaConfig.from_hugging_face(json.loads(json.dumps(config.to_hugging_face())), None)
+    assert again.rope_scaling == config.rope_scaling == yaml.safe_load(said)
+
+
+def test_a_wrong_scaling_in_the_configuration_is_named() -> None:
+    cfg = tuner.compose(["model=llama", "model.rope_scaling={rope_type: yarn, factor: 2}"])
+    with pytest.raises(
+        InstantiationException, match=r"model.rope_scaling: rope_type='yarn' is not supported; valid: def"
+    ):
+        instantiate(cfg.model)

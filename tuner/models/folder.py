@@ -22,6 +22,9 @@ SINGLE = "model.safetensors"
 NAMED_PROBLEMS = 6
 """Tensors that do not fit are named up to this many: a model of another size would name every one it has."""
 
+NOT_WEIGHTS = "rotary_emb.inv_freq"
+"""End of the names of buffers that older exports of Llama 2 hold, and that follow from the configuration."""
+
 MAX_SHARD_BYTES = 5_000_000_000
 """transformers' own default is 5 GB a file up to version 4."""
 
@@ -131,7 +134,8 @@ def load_weights(model: nn.Module, folder: Path, dtype: torch.dtype, device: tor
     """
     shared = {"lm_head.weight"} if getattr(model, "tied", False) else set()
     wanted = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False) if name not in shared}
-    found = {name: shape for name, shape in tensor_shapes(folder).items() if name not in shared}
+    held = tensor_shapes(folder)
+    found = {name: shape for name, shape in held.items() if name not in shared and not name.endswith(NOT_WEIGHTS)}
     problems = [f"missing {name} {list(wanted[name])}" for name in wanted.keys() - found.keys()]
     problems += [f"unexpected {name} {list(found[name])}" for name in found.keys() - wanted.keys()]
     problems += [

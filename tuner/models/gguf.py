@@ -103,6 +103,7 @@ def _config(meta: dict[str, Any], tensors: set[str]) -> LlamaConfig:
         max_position_embeddings=meta["llama.context_length"],
         rms_norm_eps=float(f"{meta['llama.attention.layer_norm_rms_epsilon']:.6g}"),
         rope_theta=meta["llama.rope.freq_base"],
+        rope_scaling=None,
         tie_word_embeddings="output.weight" not in tensors,
         attention_bias=False,
         mlp_bias=False,

@@ -17,7 +17,7 @@ from tuner.errors import ModelError
 from tuner.models.attention import AttentionFn, cached_attention, causal_attention_for
 from tuner.models.cache import KVCache, LayerCache
 from tuner.models.rms_norm import RMSNorm
-from tuner.models.rope import apply_rope, rope_table
+from tuner.models.rope import apply_rope, rope_table, scaling_problem
 from tuner.models.swiglu import swiglu
 from tuner.types import LinearSlot, PositiveFloat, PositiveInt
 
@@ -44,6 +44,9 @@ class LlamaConfig:
         max_position_embeddings: longest sequence the model was trained for.
         rms_norm_eps: epsilon of every norm.
         rope_theta: base of the rotary wavelengths.
+        rope_scaling: how they are stretched for a longer context, in the words of `config.json`: `rope_type` (`linear`
+            or `llama3`), `factor` and, for llama3, `low_freq_factor`, `high_freq_factor` and
+            `original_max_position_embeddings`; None leaves them as they are.
         tie_word_embeddings: whether the output head is the embedding matrix.
         attention_bias: biases on q, k, v and o.
         mlp_bias: biases in the MLP.
@@ -62,9 +65,17 @@ class LlamaConfig:
     max_position_embeddings: PositiveInt
     rms_norm_eps: PositiveFloat
     rope_theta: PositiveFloat
+    rope_scaling: dict[str, float | str] | None
     tie_word_embeddings: bool
     attention_bias: bool
     mlp_bias: bool
+
+    def __post_init__(self) -> None:
+        """Raises ModelError for a `rope_scaling` that is not one."""
+        if self.rope_scaling is not None:
+            object.__setattr__(self, "rope_scaling", dict(self.rope_scaling))  # plain, for config.json
+            if problem := scaling_problem(self.rope_scaling):
+                raise ModelError(f"model.rope_scaling: {problem}")
 
     @classmethod
     def from_hugging_face(cls, config: Mapping[str, Any], path: str | None) -> LlamaConfig:
@@ -74,10 +85,7 @@ class LlamaConfig:
             ModelError: a missing key, or a value that this family would otherwise ignore.
         """
         where = f"{path}/config.json" if path else "config.json"
-        rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind != "default":
-            raise ModelError(f"{where}: rope_type={kind!r} is not supported; valid: default")
+        theta, scaling = _rope_of(config, where)
         if (activation := config.get("hidden_act", "silu")) != "silu":
             raise ModelError(f"{where}: hidden_act={activation!r} is not supported; valid: silu")
         if missing := [key for key in REQUIRED_KEYS if key not in config]:
@@ -96,14 +104,15 @@ class LlamaConfig:
             head_dim=config.get("head_dim"),
             max_position_embeddings=config.get("max_position_embeddings", 2048),
             rms_norm_eps=config.get("rms_norm_eps", 1e-6),
-            rope_theta=rope.get("rope_theta", config.get("rope_theta", 10000.0)),
+            rope_theta=theta,
+            rope_scaling=scaling,
             tie_word_embeddings=config.get("tie_word_embeddings", False),
             attention_bias=config.get("attention_bias", False),
             mlp_bias=config.get("mlp_bias", False),
         )
 
     def to_hugging_face(self) -> dict[str, Any]:
-        """The `config.json`, with the rope base in both spellings, that of transformers 4 and of 5."""
+        """The `config.json`, with the rotary settings in both spellings, that of transformers 4 and of 5."""
         shape = {k: v for k, v in asdict(self).items() if k not in ("path", "package", "random_weights")}
         return {
             **shape,
@@ -111,7 +120,7 @@ class LlamaConfig:
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
             "hidden_act": "silu",
-            "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
+            "rope_parameters": {"rope_type": "default", **(self.rope_scaling or {}), "rope_theta": self.rope_theta},
         }
 
     @property
@@ -121,6 +130,27 @@ class LlamaConfig:
     def build(self) -> Llama:
         """The model with parameters as PyTorch initialises them, on the current default device."""
         return Llama(self)
+
+
+def _rope_of(config: Mapping[str, Any], where: str) -> tuple[float, dict[str, float | str] | None]:
+    """The base of the wavelengths and their scaling, from the keys of transformers 5 or of 4.
+
+    Raises:
+        ModelError: a scaling that is not supported or not whole.
+    """
+    given = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    rope = {key: value for key, value in given.items() if value is not None}
+    theta = rope.pop("rope_theta", config.get("rope_theta", 10000.0))
+    oldest = rope.pop("type", "default")
+    scaling = {"rope_type": rope.pop("rope_type", oldest), **rope}
+    partial = scaling.pop("partial_rotary_factor", 1.0)
+    if partial != 1.0:
+        raise ModelError(f"{where}: partial_rotary_factor={partial} is not supported; valid: 1.0")
+    if scaling["rope_type"] == "default":
+        return theta, None
+    if problem := scaling_problem(scaling):
+        raise ModelError(f"{where}: {problem}")
+    return theta, scaling
 
 
 class Attention(nn.Module):
@@ -230,7 +260,8 @@ class Llama(nn.Module):
         x_BTD = self.model.embed_tokens(tokens_BT)
         start = cache.length if cache else 0
         positions_T = torch.arange(start, start + tokens_BT.shape[1], device=tokens_BT.device)
-        rope = rope_table(positions_T, self.config.size_of_head, self.config.rope_theta, x_BTD.dtype)
+        config = self.config
+        rope = rope_table(positions_T, config.size_of_head, config.rope_theta, config.rope_scaling, x_BTD.dtype)
         for index, layer in enumerate(self.model.layers):
             x_BTD = layer(x_BTD, rope, cache.layers[index] if cache else None)
         return self.model.norm(x_BTD)  # type: ignore[no-any-return]

@@ -5,23 +5,78 @@ A rotation's gradient is the rotation back, so nothing of the input is kept for 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+REQUIRED_KEYS = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+"""What each `rope_type` of a scaling needs to be told, by the names of Hugging Face's `config.json`."""
 
-def rope_table(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+
+def scaling_problem(scaling: Mapping[str, Any]) -> str | None:
+    """What is wrong with a scaling, None where nothing is."""
+    kind = scaling.get("rope_type")
+    if kind not in REQUIRED_KEYS:
+        return f"rope_type={kind!r} is not supported; valid: default, {', '.join(REQUIRED_KEYS)}"
+    needed = REQUIRED_KEYS[kind]
+    if missing := [key for key in needed if key not in scaling]:
+        return f"rope_type={kind!r} lacks {', '.join(missing)}"
+    if unknown := [key for key in scaling if key not in ("rope_type", *needed)]:
+        return f"rope_type={kind!r} has no {', '.join(unknown)}; valid: {', '.join(needed)}"
+    for key in needed:
+        if isinstance(scaling[key], bool) or not isinstance(scaling[key], int | float) or scaling[key] <= 0:
+            return f"rope_type={kind!r}: {key}={scaling[key]!r} is no number > 0"
+    if kind == "llama3" and scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
+        return "rope_type='llama3': high_freq_factor must be larger than low_freq_factor"
+    return None
+
+
+def rope_frequencies(
+    head_dim: int, theta: float, scaling: Mapping[str, Any] | None, device: torch.device | None
+) -> Tensor:
+    """Radians a position of each pair of a head, fp32 [head_dim / 2], the fastest first.
+
+    `linear` divides all of them (position interpolation, arXiv:2306.15595). `llama3` divides those whose wavelength is
+    longer than the context the model was first trained with, keeps the short ones and blends between (Llama 3.1's
+    reference code, `apply_scaling`).
+
+    Args:
+        head_dim: size of a head, even.
+        theta: base of the geometric series of wavelengths.
+        scaling: `rope_type` and its keys, or None for the series as it is.
+        device: where the result is.
+    """
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64, device=device).float() / head_dim
+    frequencies = 1.0 / theta**exponents
+    if scaling is None:
+        return frequencies
+    factor = scaling["factor"]
+    if scaling["rope_type"] == "linear":
+        return frequencies / factor
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = scaling["original_max_position_embeddings"] / (2 * math.pi / frequencies)  # within the first context
+    kept = ((turns - low) / (high - low)).clamp(0.0, 1.0)
+    return (1 - kept) * frequencies / factor + kept * frequencies
+
+
+def rope_table(
+    positions: Tensor, head_dim: int, theta: float, scaling: Mapping[str, Any] | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """Cosine and sine, each [..., T, head_dim / 2], of every position and frequency; made once a forward pass.
 
     Args:
         positions: integer positions [..., T].
-        head_dim: size of a head, even.
-        theta: base of the geometric series of wavelengths.
+        head_dim, theta, scaling: as for `rope_frequencies`.
         dtype: dtype of the result; angles are computed in fp32 whatever it is.
     """
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64, device=positions.device).float() / head_dim
-    angles = positions.float().unsqueeze(-1) * (1.0 / theta**exponents)
+    frequencies = rope_frequencies(head_dim, theta, scaling, positions.device)
+    angles = positions.float().unsqueeze(-1) * frequencies
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
