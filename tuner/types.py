@@ -289,9 +289,14 @@ class Positioned(Protocol):
     def at_epoch_end(self) -> bool:
         """Whether the window last handed out was an epoch's last."""
 
-    def state_dict(self) -> dict[str, int]: ...
+    def state_dict(self) -> dict[str, Any]: ...
 
-    def load_state_dict(self, state: Mapping[str, int]) -> None: ...
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go there.
+
+        Raises:
+            CheckpointError: it is a place in other data.
+        """
 
     def __next__(self) -> Sequence[Batch]: ...
 
