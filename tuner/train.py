@@ -91,7 +91,7 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> Summary:
     with warnings.catch_warnings(record=True) as noted:
         parts = prepare(cfg, out)
     state = parts.state
-    resumed = parts.checkpoints.restore(out, state)
+    resumed = parts.checkpoints.restore(out, state, parts.total_steps)
     with (
         full_disk_said(out),
         instantiate(cfg.distributed),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import itertools
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tuner.build import build_model, load_base
-from tuner.checkpoint.default import Checkpoints, trainable_tensors
+from tuner.checkpoint.default import Checkpoints, trainable_tensors, whole_checkpoints
 from tuner.data.batches import Batches
 from tuner.errors import CheckpointError
 from tuner.loop import Step, training_steps
@@ -43,7 +45,9 @@ METHODS = ("lora", "qlora", "full")
 PRECISIONS = {"fp32": Precision("fp32", "float32"), "bf16": Precision("bf16", "bfloat16")}
 
 
-def fresh_state(method: str, optimizer: str, precision: str = "fp32", *, checkpointing: bool = False) -> State:
+def fresh_state(
+    method: str, optimizer: str, precision: str = "fp32", *, checkpointing: bool = False, fingerprint: str = "x"
+) -> State:
     """As a new process makes it: seeded, built, with nothing of another run."""
     torch.manual_seed(7)
     dtype = getattr(torch, PRECISIONS[precision].compute)
@@ -56,7 +60,7 @@ def fresh_state(method: str, optimizer: str, precision: str = "fp32", *, checkpo
     generator = torch.Generator().manual_seed(2)
     rows = [torch.randint(0, 61, (length,), generator=generator).tolist() for length in range(4, 17)]
     batches = Batches(
-        [Sample(row, row) for row in rows], batch_size=2, accumulation=2, pad_id=0, seed=5, fingerprint="x"
+        [Sample(row, row) for row in rows], batch_size=2, accumulation=2, pad_id=0, seed=5, fingerprint=fingerprint
     )
     return State(model, OPTIMIZERS[optimizer]([p for p in model.parameters() if p.requires_grad]), batches)
 
@@ -116,7 +120,7 @@ def test_stopped_and_continued_is_never_stopped(
 
     second = fresh_state(method, optimizer, precision, checkpointing=checkpointing)
     torch.manual_seed(12345)  # the new process is somewhere else in its random numbers
-    assert checkpoints.restore(tmp_path, second)
+    assert checkpoints.restore(tmp_path, second, 10)
     assert (second.step, second.before, second.val_loss_before) == (stop, ["text"], 4.5)
     after = train(second, 10)
 
@@ -171,7 +175,7 @@ def test_nothing_of_the_frozen_base_is_kept(tmp_path: Path) -> None:
 
 def test_a_folder_without_checkpoints_is_a_fresh_start(tmp_path: Path) -> None:
     state = fresh_state("lora", "adamw")
-    assert not Checkpoints("auto", None, 1).restore(tmp_path, state)
+    assert not Checkpoints("auto", None, 1).restore(tmp_path, state, 10)
     assert state.step == 0
 
 
@@ -192,7 +196,7 @@ def test_what_broke_off_while_it_was_written_is_no_checkpoint(tmp_path: Path, mo
         checkpoints.save(tmp_path, state)
     monkeypatch.undo()
     again = fresh_state("lora", "adamw")
-    assert checkpoints.restore(tmp_path, again)
+    assert checkpoints.restore(tmp_path, again, 10)
     assert again.step == 2
     checkpoints.save(tmp_path, state)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]
@@ -205,7 +209,7 @@ def test_a_damaged_file_is_named(tmp_path: Path, name: str, kept: int) -> None:
     file = tmp_path / "checkpoints" / "step-00000002" / name
     file.write_bytes(file.read_bytes()[:kept])
     with pytest.raises(CheckpointError, match=f"{name}: damaged") as caught:
-        checkpoints.restore(tmp_path, fresh_state("lora", "adamw"))
+        checkpoints.restore(tmp_path, fresh_state("lora", "adamw"), 10)
     assert "\n" not in str(caught.value)
 
 
@@ -214,19 +218,19 @@ def test_a_missing_file_is_named(tmp_path: Path, name: str) -> None:
     checkpoints, _ = saved(tmp_path)
     (tmp_path / "checkpoints" / "step-00000002" / name).unlink()
     with pytest.raises(CheckpointError, match=f"{name}: damaged"):
-        checkpoints.restore(tmp_path, fresh_state("lora", "adamw"))
+        checkpoints.restore(tmp_path, fresh_state("lora", "adamw"), 10)
 
 
 def test_other_parameters_are_refused(tmp_path: Path) -> None:
     checkpoints, _ = saved(tmp_path)
     with pytest.raises(CheckpointError, match="made with other trainable parameters: model"):
-        checkpoints.restore(tmp_path, fresh_state("full", "adamw"))
+        checkpoints.restore(tmp_path, fresh_state("full", "adamw"), 10)
     wider = fresh_state("lora", "adamw")
     for module in wider.model.modules():
         if hasattr(module, "A"):
             module.A = nn.Parameter(torch.zeros(module.A.shape[0] + 1, module.A.shape[1]))
     with pytest.raises(CheckpointError, match=r"other trainable parameters: .*\.A is \[16, 32\], not \[17, 32\]"):
-        checkpoints.restore(tmp_path, wider)
+        checkpoints.restore(tmp_path, wider, 10)
 
 
 def test_a_disk_without_room_is_said_before_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,3 +240,61 @@ def test_a_disk_without_room_is_said_before_the_run(tmp_path: Path, monkeypatch:
     with pytest.raises(CheckpointError, match=r"no room for a checkpoint: it may take .* MiB and"):
         Checkpoints("auto", None, 1).require_room(tmp_path / "not" / "there", state)
     assert not list(tmp_path.iterdir())
+
+
+def test_garbled_bytes_are_one_line_that_names_the_checkpoint_before(tmp_path: Path) -> None:
+    state, checkpoints = fresh_state("lora", "adamw"), Checkpoints("auto", 1, 2)
+    for step in (1, 2):
+        train(state, step)
+        checkpoints.save(tmp_path, state)
+    older, newest = whole_checkpoints(tmp_path)
+    whole = (newest / "training.pt").read_bytes()
+    pickled = whole.index(b"optimizer")
+    incomplete = io.BytesIO()
+    torch.save({"step": 2}, incomplete)
+    for damaged in (
+        b"no checkpoint at all",  # read as a pickle: UnpicklingError
+        whole[:pickled] + b"\x00" * 40 + whole[pickled + 40 :],
+        whole[: pickled - 5] + b"." + whole[pickled - 4 :],  # the pickle ends early, with an empty dictionary
+        incomplete.getvalue(),
+    ):
+        (newest / "training.pt").write_bytes(damaged)
+        with pytest.raises(CheckpointError) as caught:
+            checkpoints.restore(tmp_path, fresh_state("lora", "adamw"), 10)
+        said = str(caught.value)
+        assert said.startswith(f"{newest}/training.pt: damaged: ")
+        assert said.endswith(f"; to continue from {older}, remove {newest}")
+        assert "\n" not in said
+    shutil.rmtree(newest)
+    again = fresh_state("lora", "adamw")
+    assert checkpoints.restore(tmp_path, again, 10)
+    assert again.step == 1
+
+
+def test_other_data_is_refused_by_its_fingerprint(tmp_path: Path) -> None:
+    checkpoints, _ = saved(tmp_path)
+    other = fresh_state("lora", "adamw", fingerprint="y")
+    with pytest.raises(CheckpointError, match=r"the data is not what this run began with: .* was x and is y"):
+        checkpoints.restore(tmp_path, other, 10)
+
+
+def test_fewer_steps_than_were_done_are_refused(tmp_path: Path) -> None:
+    checkpoints, _ = saved(tmp_path, step=4)
+    with pytest.raises(CheckpointError, match=r"has done 4 steps and 3 are asked for; say train\.max_steps=4 or more"):
+        checkpoints.restore(tmp_path, fresh_state("lora", "adamw"), 3)
+    assert checkpoints.restore(tmp_path, fresh_state("lora", "adamw"), 4)
+
+
+@pytest.mark.parametrize("then", ["restore", "save"])
+def test_what_a_killed_save_left_is_taken_away(tmp_path: Path, then: str) -> None:
+    checkpoints, state = saved(tmp_path)
+    left = tmp_path / "checkpoints" / ".step-00000001.unfinished"
+    left.mkdir()
+    (left / "trainable.safetensors").write_bytes(bytes(1000))
+    if then == "restore":
+        checkpoints.restore(tmp_path, fresh_state("lora", "adamw"), 10)
+    else:
+        train(state, 3)
+        checkpoints.save(tmp_path, state)
+    assert not left.exists()
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 1

@@ -72,9 +72,9 @@ class Checkpoints:
         if folder.is_dir():
             return folder
         unfinished = folder.with_name(f".{folder.name}.unfinished")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
         try:
+            _remove_unfinished(out)
+            unfinished.mkdir(parents=True)
             save_file(trainable_tensors(state), unfinished / WEIGHTS)
             torch.save(_training(state), unfinished / TRAINING)
             for file in unfinished.iterdir():
@@ -88,22 +88,34 @@ class Checkpoints:
             shutil.rmtree(old)
         return folder
 
-    def restore(self, out: Path, state: State) -> bool:
+    def restore(self, out: Path, state: State, total_steps: int) -> bool:
         """Continue from the newest checkpoint of `out`; False where there is none.
 
+        Args:
+            out: the run folder.
+            state: newly made; it becomes the saved one.
+            total_steps: that the run is to have at its end.
+
         Raises:
-            CheckpointError: it is damaged or of a run with other trainable parameters.
+            CheckpointError: the checkpoint is damaged, of a run with other trainable parameters or other data, or has
+                more steps than are asked for.
         """
+        _remove_unfinished(out)
         saved = whole_checkpoints(out)
         if not saved:
             return False
+        training = _read_training(saved[-1] / TRAINING)
+        if (done := training["step"]) > total_steps:
+            raise CheckpointError(
+                f"{out} has done {done} steps and {total_steps} are asked for; say train.max_steps={done} or more, "
+                "or another out"
+            )
+        state.batches.load_state_dict(training["batches"])
         load_trainable(state.model, saved[-1])
         try:
-            training = torch.load(saved[-1] / TRAINING, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError, ValueError) as error:
-            raise CheckpointError(f"{saved[-1] / TRAINING}: damaged: {error}") from error
-        state.optimizer.load_state_dict(training["optimizer"])
-        state.batches.load_state_dict(training["batches"])
+            state.optimizer.load_state_dict(training["optimizer"])
+        except (ValueError, KeyError) as error:
+            raise _damaged(saved[-1] / TRAINING, error) from error
         for name in COUNTERS:
             setattr(state, name, training[name])
         torch.set_rng_state(training["rng"]["cpu"])
@@ -138,7 +150,7 @@ def load_trainable(model: nn.Module, checkpoint: Path) -> None:
     try:
         tensors = load_file(checkpoint / WEIGHTS)
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{checkpoint / WEIGHTS}: damaged: {error}") from error
+        raise _damaged(checkpoint / WEIGHTS, error) from error
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     differing = sorted(parameters.keys() ^ tensors.keys())
     differing += [
@@ -164,6 +176,33 @@ def _training(state: State) -> dict[str, Any]:
         "rng": rng,
         **counters,
     }
+
+
+def _read_training(file: Path) -> dict[str, Any]:
+    """What `_training` made.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    try:
+        training = torch.load(file, map_location="cpu", weights_only=True)
+        return {name: training[name] for name in ("optimizer", "batches", "rng", *COUNTERS)}
+    except Exception as error:  # there is no end to what garbled bytes can make an unpickler raise
+        raise _damaged(file, error) from error
+
+
+def _damaged(file: Path, error: Exception) -> CheckpointError:
+    """The error for a file of a checkpoint, with the checkpoint before it, if there is one."""
+    reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+    older = [folder for folder in whole_checkpoints(file.parents[2]) if folder.name < file.parent.name]
+    remedy = f"; to continue from {older[-1]}, remove {file.parent}" if older else ""
+    return CheckpointError(f"{file}: damaged: {reason}{remedy}")
+
+
+def _remove_unfinished(out: Path) -> None:
+    """Take away what a process that was killed while it saved has left."""
+    for folder in (out / "checkpoints").glob(".step-*.unfinished"):
+        shutil.rmtree(folder)
 
 
 def _flush(path: Path) -> None:

@@ -11,10 +11,12 @@ import hashlib
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
+from tuner.errors import CheckpointError
 from tuner.types import IGNORE, Batch, Sample
 
 
@@ -106,10 +108,20 @@ class Batches:
     def at_epoch_end(self) -> bool:
         return self.position.index == 0 and self.position.epoch > 0
 
-    def state_dict(self) -> dict[str, int]:
-        return {"epoch": self.position.epoch, "index": self.position.index}
+    def state_dict(self) -> dict[str, Any]:
+        return {"epoch": self.position.epoch, "index": self.position.index, "fingerprint": self._fingerprint}
 
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue at a position in the same data.
+
+        Raises:
+            CheckpointError: it is of other data.
+        """
+        if (before := state["fingerprint"]) != self._fingerprint:
+            raise CheckpointError(
+                f"the data is not what this run began with: its fingerprint was {before[:16]} and is "
+                f"{self._fingerprint[:16]}; give another out, or the data as it was"
+            )
         self.position = Position(state["epoch"], state["index"])
 
     def _order_of(self, epoch: int) -> list[int]:
