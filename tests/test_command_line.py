@@ -273,8 +273,8 @@ ADAPTERS = 8 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 160))
     ("words", "total", "trainable"),
     [
         (["peft=full"], EMBEDDINGS + NORMS + 2 * LAYER, EMBEDDINGS + NORMS + 2 * LAYER),
-        ([], EMBEDDINGS + NORMS + 2 * (LAYER + ADAPTERS), 2 * ADAPTERS),
-        (["peft=qlora"], EMBEDDINGS + NORMS + 2 * (LAYER + ADAPTERS), 2 * ADAPTERS),
+        ([], EMBEDDINGS + NORMS + 2 * LAYER, 2 * ADAPTERS),
+        (["peft=qlora"], EMBEDDINGS + NORMS + 2 * LAYER, 2 * ADAPTERS),
     ],
     ids=["full", "lora", "qlora"],
 )
