@@ -19,6 +19,9 @@ from tuner.models.llama import Llama
 from tuner.peft.adapter_folder import has_adapter, save_adapter
 from tuner.types import Summary, Tokenizer
 
+GENERATION = "generation_config.json"
+"""How the base's makers sample from it: transformers and servers read it."""
+
 
 def finished_before(out: Path) -> Summary:
     """The summary of a run folder that has nothing left to do; says so."""
@@ -29,14 +32,15 @@ def finished_before(out: Path) -> Summary:
     return summary
 
 
-def save_results(model: nn.Module, tokenizer: Tokenizer, out: Path, *, quantization: Mapping[str, Any]) -> list[Path]:
+def save_results(model: nn.Module, tokenizer: Tokenizer, out: Path, *, facts: Mapping[str, Any]) -> list[Path]:
     """Write `adapter/` or, where all weights trained, `model/`; each appears whole.
 
     Args:
         model: trained.
         tokenizer: saved beside full weights.
         out: the run folder.
-        quantization: name and keys of what the base was quantized to while the adapter trained.
+        facts: of the base while the adapter trained, so that it meets the same one again: `quantization` (name and
+            keys) and `precision` (name).
 
     Returns:
         The folders written that are small enough to keep with a tracked run.
@@ -46,12 +50,12 @@ def save_results(model: nn.Module, tokenizer: Tokenizer, out: Path, *, quantizat
         return []
     base = cast(Llama, model).config.path
     with _whole(out / "adapter") as unfinished:
-        save_adapter(model, unfinished, base=base, extra={"quantization": dict(quantization), "run": str(out)})
+        save_adapter(model, unfinished, base=base, extra={**facts, "run": str(out)})
     return [out / "adapter"]
 
 
 def save_model(model: Llama, tokenizer: Tokenizer, folder: Path) -> None:
-    """A Hugging Face folder of plain weights: config, safetensors, tokenizer.
+    """A Hugging Face folder of plain weights: config, safetensors, tokenizer, the base's settings for generation.
 
     Raises:
         CheckpointError: no room on the disk.
@@ -60,6 +64,8 @@ def save_model(model: Llama, tokenizer: Tokenizer, folder: Path) -> None:
     with _whole(folder) as unfinished:
         save_weights(unfinished, {**original, **model.config.to_hugging_face()}, plain_tensors(model))
         tokenizer.save(unfinished)
+        if model.config.path and (generation := Path(model.config.path) / GENERATION).is_file():
+            shutil.copyfile(generation, unfinished / GENERATION)
 
 
 def plain_tensors(model: Llama) -> dict[str, Tensor]:

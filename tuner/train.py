@@ -230,7 +230,8 @@ def fit(parts: Parts, cfg: DictConfig, log: RunLog, stop: StopRequest, summary: 
     after = write_samples(parts, len(state.before), train.max_new_tokens)
     log.samples(generations(parts.dataset, state.before, after))
     quantization = {"name": cfg.quantization._target_.split(".")[-2], **keys_of(cfg.quantization)}
-    for folder in save_results(state.model, parts.tokenizer, Path(summary.out), quantization=quantization):
+    facts = {"quantization": quantization, "precision": parts.precision.name}
+    for folder in save_results(state.model, parts.tokenizer, Path(summary.out), facts=facts):
         log.artifact(folder)
 
 

@@ -53,7 +53,7 @@ def rope_frequencies(
         device: where the result is.
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.int64, device=device).float() / head_dim
-    frequencies = 1.0 / theta**exponents
+    frequencies: Tensor = 1.0 / theta**exponents
     if scaling is None:
         return frequencies
     factor = scaling["factor"]
@@ -62,7 +62,8 @@ def rope_frequencies(
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     turns = scaling["original_max_position_embeddings"] / (2 * math.pi / frequencies)  # within the first context
     kept = ((turns - low) / (high - low)).clamp(0.0, 1.0)
-    return (1 - kept) * frequencies / factor + kept * frequencies
+    blended: Tensor = (1 - kept) * frequencies / factor + kept * frequencies
+    return blended
 
 
 def rope_table(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,16 +12,21 @@ from typing import Any
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from tuner.build import device_of, load_base, tokenizer_of
 from tuner.checkpoint.default import load_trainable
-from tuner.config import check, compose
+from tuner.config import check, compose, freeze
 from tuner.errors import ConfigError
 from tuner.models.family import located
 from tuner.models.llama import Llama, LlamaConfig
 from tuner.peft.adapter_folder import load_adapter, read_adapter_config
 from tuner.precision.resolve import resolve
 from tuner.types import Quantization, Tokenizer
+
+FACTS = "tuner.json"
+"""What an adapter's folder says of the base it was trained on."""
 
 FROM_RUN = ("model", "quantization", "precision", "data")
 """Groups that a run folder decides unless the command line does."""
@@ -83,16 +89,20 @@ def source_of(cfg: DictConfig, overrides: Sequence[str]) -> Source:
     if checkpoint is not None and not (checkpoint / "trainable.safetensors").is_file():
         raise ConfigError(f"checkpoint={checkpoint}: no checkpoint; expected <run>/checkpoints/step-<number>")
     run_folder = run or (checkpoint.parent.parent if checkpoint else None)
-    settings = _with_run(cfg, run_folder, overrides) if run_folder else cfg
+    if run_folder:
+        settings = _with_run(cfg, run_folder, overrides)
+    else:
+        settings = _with_adapter(cfg, adapter, overrides) if adapter else cfg
     model, quantization = instantiate(settings.model), instantiate(settings.quantization)
     if run is not None:
         model, adapter = _results(run, model)
     elif adapter is not None:
         model = model if _said("model", overrides) else _base(adapter, model)
-        quantization = quantization if _said("quantization", overrides) else _quantization(adapter, quantization)
     model = located(model)
     device = device_of(cfg.device)
-    precision, _ = resolve(instantiate(settings.precision), device)
+    precision, fallback = resolve(instantiate(settings.precision), device)
+    if fallback:
+        print(fallback, file=sys.stderr)
     dtype = getattr(torch, precision.compute)
     peft = instantiate(settings.peft) if checkpoint else None
     seed = settings.seed if run_folder else 0
@@ -113,13 +123,26 @@ def _with_run(cfg: DictConfig, run: Path, overrides: Sequence[str]) -> DictConfi
     file = run / "config.yaml"
     if not file.is_file():
         raise ConfigError(f"{run}: no config.yaml, so this is no run folder")
-    frozen = OmegaConf.load(file)
-    assert isinstance(frozen, DictConfig)
-    check(frozen)  # the folder may be anyone's, and what it names is built
+    frozen = _loaded(file)
     for group in FROM_RUN:
         if group in cfg and _said(group, overrides):
-            frozen[group] = cfg[group]
+            frozen[group] = OmegaConf.to_container(cfg[group], resolve=True)
+    # The folder may be anyone's, and what it names is built: so it is judged by the trust this command line gives and
+    # not by its own, and what is judged has no interpolation left that could mean something else afterwards.
+    frozen["trust_targets"] = list(cfg.trust_targets)
+    frozen = freeze(frozen)
+    check(frozen)
     return frozen
+
+
+def _loaded(file: Path) -> DictConfig:
+    try:
+        loaded = OmegaConf.load(file)
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{file}: not a configuration: {' '.join(str(error).split())}") from error
+    if not isinstance(loaded, DictConfig):
+        raise ConfigError(f"{file}: not a configuration: expected a mapping of keys")
+    return loaded
 
 
 def _results(run: Path, model: LlamaConfig) -> tuple[LlamaConfig, Path | None]:
@@ -141,12 +164,38 @@ def _base(adapter: Path, model: LlamaConfig) -> LlamaConfig:
     return replace(model, path=base)
 
 
-def _quantization(adapter: Path, chosen: Quantization) -> Quantization:
-    """What the base was quantized to while this adapter trained; an adapter made elsewhere does not say."""
-    facts = adapter / "tuner.json"
-    if not facts.is_file():
-        return chosen
-    keys = dict(json.loads(facts.read_text(encoding="utf-8"))["quantization"])
-    node = compose([f"quantization={keys.pop('name')}"]).quantization
-    quantization: Quantization = instantiate(node, **keys)
-    return quantization
+def _with_adapter(cfg: DictConfig, adapter: Path, overrides: Sequence[str]) -> DictConfig:
+    """The verb's configuration with the quantization and the precision of the base that this adapter trained on.
+
+    An adapter made elsewhere does not say them; the command line has the last word.
+    """
+    file = adapter / FACTS
+    if not file.is_file():
+        return cfg
+    facts = _facts(file)
+    frozen = compose([f"{group}={node['name']}" for group, node in facts.items()])
+    for group, node in facts.items():
+        for key, value in node.items():
+            if key != "name":
+                OmegaConf.update(frozen, f"{group}.{key}", value, force_add=True)
+    check(frozen)  # the file may be anyone's, and what it names is built
+    settings = cfg.copy()
+    for group in facts:
+        if not _said(group, overrides):
+            OmegaConf.update(settings, group, frozen[group], merge=False, force_add=True)
+    return settings
+
+
+def _facts(file: Path) -> dict[str, dict[str, Any]]:
+    """Name and keys of the groups that `tuner.json` speaks of."""
+    try:
+        facts = json.loads(file.read_text(encoding="utf-8"))
+        found = {"quantization": dict(facts["quantization"])}
+        if "precision" in facts:
+            found["precision"] = {"name": facts["precision"]}
+        for group, node in found.items():
+            if not isinstance(node["name"], str) or not node["name"].isidentifier():
+                raise ValueError(f"{group} {node['name']!r} is no name")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{file}: damaged: {type(error).__name__}: {error}") from error
+    return found
