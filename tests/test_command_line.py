@@ -202,6 +202,39 @@ def test_a_sweep_whose_trial_fails_says_why_after_the_others(runs: Runs, capsys:
     assert "error: seed=-1: expected a whole number >= 0\n" in capsys.readouterr().err
 
 
+def test_ctrl_c_in_a_trial_ends_the_sweep(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
+    def stopped(cfg: DictConfig) -> None:
+        raise Interrupted(f"stopped in seed {cfg.seed}\nresume: so")
+
+    runs.then = stopped
+    assert tuner_command("-m", "model=tiny", "seed=1,2,3") == 130
+    assert [cfg.seed for cfg, _ in runs] == [1]
+    assert capsys.readouterr().err == "stopped in seed 1\nresume: so\n"
+
+
+def test_a_second_ctrl_c_in_a_trial_ends_the_sweep(runs: Runs) -> None:
+    def stopped(cfg: DictConfig) -> None:
+        raise KeyboardInterrupt
+
+    runs.then = stopped
+    assert tuner_command("-m", "model=tiny", "seed=1,2,3") == 130
+    assert [cfg.seed for cfg, _ in runs] == [1]
+    assert not GlobalHydra.instance().is_initialized()
+
+
+def test_switches_that_compose_are_among_the_words(runs: Runs, tmp_path: Path) -> None:
+    (tmp_path / "mine" / "schedule").mkdir(parents=True)
+    (tmp_path / "mine" / "schedule" / "own.yaml").write_text("defaults: [cosine, _self_]\nwarmup_steps: 9\n")
+    (tmp_path / "mine" / "primary.yaml").write_text("defaults: [config, _self_]\nseed: 5\n")
+    switches = ["--config-dir", "mine", "--config-name", "primary"]
+    assert tuner_command(*switches, "model=tiny", "schedule=own") == 0
+    assert tuner_command(*switches, "-m", "model=tiny", "schedule=own,constant") == 0
+    first = ["--config-dir=mine", "--config-name=primary", "model=tiny"]
+    assert [words for _, words in runs] == [[*first, f"schedule={name}"] for name in ("own", "own", "constant")]
+    assert tuner_command(*runs[0][1]) == 0, "the words compose the same again"
+    assert (runs[3][0].seed, runs[3][0].schedule) == (5, runs[0][0].schedule)
+
+
 def test_help_says_the_verbs_the_groups_and_hydras_own(capsys: pytest.CaptureFixture[str]) -> None:
     assert tuner_command("--help") == 0
     text = capsys.readouterr().out

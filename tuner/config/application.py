@@ -28,7 +28,7 @@ from omegaconf import DictConfig, OmegaConf
 from tuner.config.composition import check, config_loader, freeze, load, without_hydra
 from tuner.config.explaining import sentence
 from tuner.config.signatures import signature_of
-from tuner.errors import ConfigError, TunerError
+from tuner.errors import ConfigError, Interrupted, TunerError
 
 Command = Callable[[DictConfig, list[str]], Any]
 
@@ -39,7 +39,7 @@ class Application:
     Args:
         config_name: its primary configuration.
         settings: the class of `tuner.settings` that names its keys.
-        command: gets the frozen, checked configuration and the words it was composed from.
+        command: gets the frozen, checked configuration and the words it was composed from, switches among them.
         makes_folder: it writes a run folder and may be swept.
         texts: keys whose value is a person's text, taken as it stands: commas, brackets and `${` mean nothing in it.
     """
@@ -74,11 +74,12 @@ class Application:
         with _hydra(config_loader(args.config_path, args.config_dir, keys)) as hydra, _own_errors():
             if switched := self._switch(hydra, parser, args):
                 return self._explained(switched, hydra.config_loader, args.overrides)
+            switches = _composing_switches(args)
             if args.experimental_rerun:
-                return self._call(_get_rerun_conf(args.experimental_rerun, args.overrides), [])
+                return self._call(_get_rerun_conf(args.experimental_rerun, args.overrides), switches)
             if args.multirun or "hydra.mode=MULTIRUN" in args.overrides:
-                return self._sweep(hydra, args.overrides)
-            return self._run(hydra, args.overrides)
+                return self._sweep(hydra, args.overrides, switches)
+            return self._run(hydra, args.overrides, switches)
 
     def _switch(
         self, hydra: Hydra, parser: argparse.ArgumentParser, args: argparse.Namespace
@@ -111,20 +112,20 @@ class Application:
         check(config, self.settings)
         return self.command(freeze(config), words)
 
-    def _run(self, hydra: Hydra, words: list[str]) -> Any:
+    def _run(self, hydra: Hydra, words: list[str], switches: list[str]) -> Any:
         composed = load(hydra.config_loader, words, self.config_name, command=self.settings)
         if composed.hydra.mode == RunMode.MULTIRUN:
-            return self._sweep(hydra, words)
+            return self._sweep(hydra, words, switches)
         folder = Path(composed.hydra.run.dir).absolute()
         config = without_hydra(composed)
         if not self.makes_folder:
-            return self._call(config, words)
+            return self._call(config, [*switches, *words])
         check(config, self.settings)
         raised: list[Exception] = []
 
         def task(config: DictConfig) -> Any:
             try:
-                return self._call(_in_hydras_folder(config), words)
+                return self._call(_in_hydras_folder(config), [*switches, *words])
             except Exception as error:
                 # Hydra would print a line of its own about an error that it hands on.
                 raised.append(error)
@@ -136,7 +137,7 @@ class Application:
                 raise raised[0]
         return result.return_value
 
-    def _sweep(self, hydra: Hydra, words: list[str]) -> None:
+    def _sweep(self, hydra: Hydra, words: list[str], switches: list[str]) -> None:
         if not self.makes_folder:
             raise ConfigError("--multirun: only training runs are swept")
         if any(word.lstrip("+").startswith("out=") for word in words):
@@ -146,9 +147,27 @@ class Application:
         def task(config: DictConfig) -> Any:
             trial_words = OmegaConf.to_container(HydraConfig.get().overrides.task)
             assert isinstance(trial_words, list)
-            return self._call(_in_hydras_folder(config), [str(word) for word in trial_words])
+            try:
+                return self._call(_in_hydras_folder(config), [*switches, *map(str, trial_words)])
+            except Interrupted as stopped:
+                # Hydra takes any Exception for the end of this trial only and begins the next.
+                raise KeyboardInterrupt from stopped
 
-        hydra.multirun(self.config_name, task, [*words, "hydra.mode=MULTIRUN"])
+        try:
+            hydra.multirun(self.config_name, task, [*words, "hydra.mode=MULTIRUN"])
+        except KeyboardInterrupt as interrupt:
+            raise interrupt.__cause__ or interrupt from None
+
+
+def _composing_switches(args: argparse.Namespace) -> list[str]:
+    """The switches that decide, as the other words do, what is composed."""
+    given = {
+        "--config-path": args.config_path,
+        "--config-dir": args.config_dir,
+        "--config-name": args.config_name,
+        "--experimental-rerun": args.experimental_rerun,
+    }
+    return [f"{switch}={value}" for switch, value in given.items() if value is not None]
 
 
 def _first_point(words: list[str]) -> list[str]:
