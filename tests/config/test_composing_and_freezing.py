@@ -81,6 +81,9 @@ def test_frozen_names_what_would_differ_elsewhere(tmp_path: Path, monkeypatch: p
         (None, "sqlite:///mine.db", "sqlite:///{cwd}/mine.db"),
         ("http://other", "http://server:5000", "http://other"),
         ("sqlite:////data/mlflow.db", None, "sqlite:////data/mlflow.db"),
+        ("sqlite:///:memory:", None, "sqlite:///:memory:"),
+        ("sqlite:///", None, "sqlite:///"),
+        ("sqlite:///file:shared?mode=memory&uri=true", None, "sqlite:///file:shared?mode=memory&uri=true"),
     ],
 )
 def test_where_mlflow_keeps_its_runs(
@@ -94,8 +97,24 @@ def test_where_mlflow_keeps_its_runs(
     assert freeze(compose(words)).logger.tracking_uri == expected.format(cwd=tmp_path)
 
 
-def test_each_of_many_loggers_is_frozen() -> None:
-    assert freeze(compose(["logger=many"])).logger.loggers.mlflow.tracking_uri.startswith("sqlite:////")
+def test_each_of_many_loggers_is_frozen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    frozen = freeze(compose(["logger=many", "logger.loggers.tensorboard.log_dir=events"]))
+    assert frozen.logger.loggers.mlflow.tracking_uri.startswith("sqlite:////")
+    assert frozen.logger.loggers.tensorboard.log_dir == f"{tmp_path}/events"
+
+
+@pytest.mark.parametrize(
+    ("said", "frozen"),
+    [("events", "{cwd}/events"), ("~/events", "{home}/events"), ("/e", "/e"), ("s3://b/e", "s3://b/e"), (None, None)],
+)
+def test_where_tensorboard_writes_is_absolute(
+    said: str | None, frozen: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = [f"logger.log_dir='{said}'"] if said else []
+    expected = frozen and frozen.format(cwd=tmp_path, home=Path.home())
+    assert freeze(compose(["logger=tensorboard", *words])).logger.log_dir == expected
 
 
 def test_a_frozen_configuration_read_back_from_its_file_is_checked_like_a_new_one(tmp_path: Path) -> None:

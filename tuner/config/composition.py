@@ -145,9 +145,9 @@ def plain(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
 def freeze(config: DictConfig) -> DictConfig:
     """A resolved copy that means the same in any process on any folder: what a run writes as its config.yaml.
 
-    Paths become absolute, `train.num_threads` this machine's number and a logger's `tracking_uri` the store that
-    will be used: the key itself, else `MLFLOW_TRACKING_URI`, else mlflow.db in the current folder. Freezing a frozen
-    configuration changes nothing.
+    Paths become absolute, a logger's `log_dir` among them, `train.num_threads` this machine's number and a logger's
+    `tracking_uri` the store that will be used: the key itself, else `MLFLOW_TRACKING_URI`, else mlflow.db in the
+    current folder. Freezing a frozen configuration changes nothing.
     """
     frozen: DictConfig = OmegaConf.create(_literal(plain(config)))
     OmegaConf.set_struct(frozen, True)
@@ -158,7 +158,7 @@ def freeze(config: DictConfig) -> DictConfig:
             OmegaConf.update(frozen, key, _absolute(path))
     if isinstance(train := frozen.get("train"), DictConfig) and train.get("num_threads", 0) is None:
         train.num_threads = available_cpus()
-    _settle_tracking(frozen.get("logger"))
+    _settle_logger(frozen.get("logger"))
     return frozen
 
 
@@ -202,7 +202,7 @@ def _absolute(path: str) -> str:
     return str(Path(path).expanduser().absolute())
 
 
-def _settle_tracking(node: Any) -> None:
+def _settle_logger(node: Any) -> None:
     """Write down where a logger, or each of many, keeps its runs."""
     if not isinstance(node, DictConfig):
         return
@@ -210,10 +210,15 @@ def _settle_tracking(node: Any) -> None:
         node.tracking_uri = _absolute_uri(
             node.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
         )
+    if isinstance(log_dir := node.get("log_dir"), str) and "://" not in log_dir:  # a bucket has no place here
+        node.log_dir = _absolute(log_dir)
     for child in node.values():
-        _settle_tracking(child)
+        _settle_logger(child)
 
 
 def _absolute_uri(uri: str) -> str:
+    """A SQLite store's file made absolute; any other store, and SQLite in memory, as it is."""
     scheme, found, path = uri.partition("sqlite:///")
-    return f"sqlite:///{Path(path).absolute()}" if found and not scheme else uri
+    if scheme or not found or not path or path.startswith((":memory:", "file:")):
+        return uri
+    return f"sqlite:///{Path(path).absolute()}"
