@@ -6,7 +6,7 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, cast
@@ -29,6 +29,7 @@ from tuner.build import (
 from tuner.checkpoint.continuation import decide
 from tuner.checkpoint.default import Checkpoints
 from tuner.checkpoint.full_disk import full_disk_said
+from tuner.checkpoint.lock import only_run_in
 from tuner.config import check, freeze
 from tuner.data.batches import Batches, batches_by_length
 from tuner.errors import Interrupted
@@ -65,12 +66,12 @@ class Parts:
     notes: Sequence[str]
 
 
-def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> Summary:
+def run(cfg: DictConfig, overrides: Sequence[str] | None = None) -> Summary:
     """Train as `cfg` says.
 
     Args:
         cfg: composed; it is frozen and checked here.
-        overrides: the words it was composed from, for the record.
+        overrides: the words of the command line it was composed from, for the record; None for a call from Python.
 
     Returns:
         What stands in `summary.json` of the run folder.
@@ -85,7 +86,14 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> Summary:
     out = Path(cfg.out)
     if decide(out, config, cfg.checkpoint.resume) == "finished":
         return finished_before(out)
+    with only_run_in(out):
+        return train(cfg, config, out, overrides, started)
 
+
+def train(
+    cfg: DictConfig, config: Mapping[str, Any], out: Path, overrides: Sequence[str] | None, started: float
+) -> Summary:
+    """Make, restore, fit and close; nobody else is in `out` meanwhile."""
     if sys.stderr.isatty():
         print("preparing the data and the model ...", file=sys.stderr, flush=True)
     with warnings.catch_warnings(record=True) as noted:
@@ -99,7 +107,7 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> Summary:
         Terminal(out) as terminal,
     ):
         log = RunLog(terminal, DiskLogger(out), parts.logger)
-        log.start(RunInfo(out, config, overrides, described(parts.dataset), resumed))
+        log.start(RunInfo(out, config, overrides or (), described(parts.dataset), resumed))
         total, trainable = count_parameters(state.model)
         summary = Summary("failed", str(out), total_params=total, trainable_params=trainable)
         summary.precision, summary.trainable_dtype = parts.precision.name, trainable_dtype(state.model)
@@ -115,7 +123,7 @@ def run(cfg: DictConfig, overrides: Sequence[str] = ()) -> Summary:
         except (Interrupted, KeyboardInterrupt) as error:
             reason = str(error) or "interrupted at once: the steps since the last checkpoint are lost"
             summary.status, summary.reason = "stopped", reason
-            resume = resume_command(out, overrides)
+            resume = resume_command(out, config, overrides)
             terminal.closing(saved_in(out), {"resume": resume})
             raise Interrupted(f"{reason}\nresume: {resume}") from error
         except BaseException as error:
@@ -159,7 +167,7 @@ def prepare(cfg: DictConfig, out: Path) -> Parts:
     )
     if cfg.train.compile:
         model.compile_layers()
-    optimizer = build_optimizer(cfg.optimizer, [p for p in model.parameters() if p.requires_grad])
+    optimizer = build_optimizer(cfg.optimizer, [p for p in model.parameters() if p.requires_grad], cfg.trust_targets)
     checkpoints: Checkpoints = instantiate(cfg.checkpoint)
     logger: Logger = instantiate(cfg.logger)
     state = State(model, optimizer, batches)
@@ -179,11 +187,11 @@ def prepare(cfg: DictConfig, out: Path) -> Parts:
     )
 
 
-def build_optimizer(node: DictConfig, params: list[nn.Parameter]) -> torch.optim.Optimizer:
+def build_optimizer(node: DictConfig, params: list[nn.Parameter], trusted: Sequence[str]) -> torch.optim.Optimizer:
     """One of our optimizer functions, or a library's class that `optimizer._target_` names."""
     if node._target_.startswith("tuner."):
         return cast(torch.optim.Optimizer, instantiate(node)(params))
-    return custom(node._target_, params, keys_of(node))
+    return custom(node._target_, params, keys_of(node), trusted)
 
 
 def keys_of(node: DictConfig) -> dict[str, Any]:

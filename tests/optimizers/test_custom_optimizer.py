@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import importlib
+import sys
 import warnings
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from tuner.config import check, compose
 from tuner.errors import ConfigError
 from tuner.optimizers.custom import custom, find
 from tuner.quiet import import_bitsandbytes
+from tuner.train import build_optimizer
 
 
 def new_params() -> list[nn.Parameter]:
@@ -37,7 +42,7 @@ def test_equals_the_class_itself(target: str, keys: dict[str, Any]) -> None:
     ours, theirs = new_params(), new_params()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        optimizer = custom(target, ours, keys)
+        optimizer = custom(target, ours, keys, [])
         reference = getattr(importlib.import_module(module), name)(theirs, **keys)
         assert type(optimizer) is type(reference)
         for step in range(4):
@@ -51,7 +56,7 @@ def test_equals_the_class_itself(target: str, keys: dict[str, Any]) -> None:
 
 def test_a_paged_class_says_that_a_cpu_does_not_page() -> None:
     with pytest.warns(UserWarning, match="optimizer: nothing is paged on a CPU"):
-        custom("bitsandbytes.optim.PagedLion", new_params(), {"lr": 0.01})
+        custom("bitsandbytes.optim.PagedLion", new_params(), {"lr": 0.01}, [])
 
 
 @pytest.mark.parametrize(
@@ -69,13 +74,13 @@ def test_a_paged_class_says_that_a_cpu_does_not_page() -> None:
 )
 def test_what_cannot_be_an_optimizer_here_is_refused(target: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
-        find(target)
+        find(target, [])
     assert caught.value.problems[0].startswith(f"optimizer._target_={target}: ")
 
 
 def test_keys_the_class_does_not_take_are_named_together() -> None:
     with pytest.raises(ConfigError) as caught:
-        custom("torch.optim.RAdam", new_params(), {"lr": 0.01, "fused": True, "epsilon": 1e-8})
+        custom("torch.optim.RAdam", new_params(), {"lr": 0.01, "fused": True, "epsilon": 1e-8}, [])
     fused, epsilon = caught.value.problems
     assert fused.startswith("optimizer.fused=True: torch.optim.RAdam has no such argument (~optimizer.fused takes")
     assert epsilon.startswith("optimizer.epsilon=1e-08: ")
@@ -84,16 +89,58 @@ def test_keys_the_class_does_not_take_are_named_together() -> None:
 
 def test_fused_sgd_that_would_not_train_is_refused() -> None:
     keys = {"lr": 0.1, "fused": True}
-    custom("torch.optim.SGD", new_params(), keys)
+    custom("torch.optim.SGD", new_params(), keys, [])
     with pytest.raises(
         ConfigError, match=r"optimizer\.fused=true: on a CPU, PyTorch's fused SGD skips bf16 parameters"
     ):
-        custom("torch.optim.SGD", [nn.Parameter(new_params()[0].bfloat16())], keys)
+        custom("torch.optim.SGD", [nn.Parameter(new_params()[0].bfloat16())], keys, [])
 
 
 def test_a_value_the_class_refuses_is_one_clear_line() -> None:
     with pytest.raises(ConfigError) as caught:
-        custom("torch.optim.RAdam", new_params(), {"lr": -1.0})
+        custom("torch.optim.RAdam", new_params(), {"lr": -1.0}, [])
     assert caught.value.problems == [
         "optimizer._target_=torch.optim.RAdam refuses its keys: Invalid learning rate: -1.0"
     ]
+
+
+@pytest.fixture
+def my_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A package of the person's own with an optimizer in it."""
+    name = f"my_package_{tmp_path.name.replace('-', '_')}"
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "__init__.py").write_text("")
+    (tmp_path / name / "optimizers.py").write_text("import torch\n\nclass Mine(torch.optim.SGD):\n    pass\n")
+    (tmp_path / name / "broken.py").write_text("import a_module_that_is_not_there\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    yield name
+    for module in [module for module in sys.modules if module.partition(".")[0] == name]:
+        del sys.modules[module]
+
+
+@pytest.mark.parametrize("prefix", ["{}", "{}.", "{}.optimizers"])
+def test_a_class_of_a_trusted_package_is_built_as_the_configuration_says(my_package: str, prefix: str) -> None:
+    words = ["optimizer=custom", f"optimizer._target_={my_package}.optimizers.Mine", "optimizer.lr=0.5"]
+    cfg = compose([*words, f"trust_targets=[{prefix.format(my_package)}]"])
+    check(cfg)
+    optimizer = build_optimizer(cfg.optimizer, new_params(), cfg.trust_targets)
+    assert type(optimizer).__qualname__ == "Mine"
+    assert optimizer.param_groups[0]["lr"] == 0.5
+
+
+def test_what_is_not_trusted_is_not_even_imported(my_package: str) -> None:
+    for trusted in ([], [""], ["my"], [my_package[:-1]], [f"{my_package}.other"]):
+        with pytest.raises(ConfigError, match="or of a package that trust_targets names"):
+            find(f"{my_package}.optimizers.Mine", trusted)
+    assert my_package not in sys.modules
+
+
+def test_a_trusted_name_that_is_not_there_is_one_clear_line(my_package: str) -> None:
+    with pytest.raises(ConfigError, match="has no such optimizer; did you mean Mine"):
+        find(f"{my_package}.optimizers.Mien", [my_package])
+    with pytest.raises(ConfigError, match=f"there is no module {my_package}.optimisers to import it from"):
+        find(f"{my_package}.optimisers.Mine", [my_package])
+    with pytest.raises(ConfigError, match="there is no module not_installed to import it from"):
+        find("not_installed.optimizers.Mine", ["not_installed"])
+    with pytest.raises(ModuleNotFoundError, match="a_module_that_is_not_there"):
+        find(f"{my_package}.broken.Mine", [my_package])

@@ -67,14 +67,22 @@ def next_commands(out: Path, config: Mapping[str, Any]) -> dict[str, str]:
     return commands
 
 
-def resume_command(out: Path, overrides: Sequence[str]) -> str:
-    """What continues a run that was stopped, from the folder it was started in.
+def resume_command(out: Path, config: Mapping[str, Any], overrides: Sequence[str] | None) -> str:
+    """What continues a run that was stopped: its command, from the folder it was started in, or its Python call.
 
     Args:
         out: its run folder.
-        overrides: the words it was started with.
+        config: its resolved configuration.
+        overrides: the words it was started with, switches among them; None where Python code started it.
     """
-    words = [word for word in overrides if not word.lstrip("+").startswith(("out=", "hydra.run.dir="))]
+    refuses = config["checkpoint"]["resume"] == "never"
+    if overrides is None:
+        frozen = f"OmegaConf.load({str(out / 'config.yaml')!r})"
+        resuming = "{'checkpoint': {'resume': 'auto'}}"
+        return f"tuner.run({f'OmegaConf.merge({frozen}, {resuming})' if refuses else frozen})"
+    changed = ("out=", "hydra.run.dir=", *(["checkpoint.resume="] if refuses else []))
+    words = [word for word in overrides if not word.lstrip("+").startswith(changed)]
+    words += ["checkpoint.resume=auto"] if refuses else []
     folder = str(out)
     if not PLAIN.fullmatch(folder):
         folder = "'" + folder.replace("'", "\\'") + "'"

@@ -1,4 +1,4 @@
-"""Any other optimizer of PyTorch or bitsandbytes, named by its class: `optimizer._target_=torch.optim.RAdam`.
+"""Any other optimizer class, named: `optimizer._target_=torch.optim.RAdam`, or one of a package the person trusts.
 
 There is no function of ours whose signature could be the schema, so the class's own is, read when it is built.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from torch.optim import Optimizer
@@ -18,17 +18,23 @@ from tuner.optimizers.paging import warn_on_cpu
 from tuner.quiet import import_bitsandbytes
 
 MODULES = ("torch.optim", "bitsandbytes.optim")
-"""Where a class may come from; nothing else is imported or called because a configuration says so."""
+"""Where a class may come from unasked; of anything else, a configuration makes only what is trusted be imported."""
 
 
-def custom(target: str, params: ParamsT, keys: Mapping[str, Any]) -> Optimizer:
+def custom(target: str, params: ParamsT, keys: Mapping[str, Any], trusted: Sequence[str]) -> Optimizer:
     """The optimizer of class `target` over `params`, every key given to it as an argument.
 
+    Args:
+        target: dotted name of the class.
+        params: what it steps.
+        keys: its arguments by name.
+        trusted: the dotted prefixes of `trust_targets`.
+
     Raises:
-        ConfigError: if the class is not in `MODULES`, cannot be used in a training loop, lacks an argument of one of
-            these names, or refuses a value.
+        ConfigError: if the class is neither in `MODULES` nor trusted, cannot be used in a training loop, lacks an
+            argument of one of these names, or refuses a value.
     """
-    optimizer_class = find(target)
+    optimizer_class = find(target, trusted)
     if problems := _unknown_keys(target, optimizer_class, keys):
         raise ConfigError(problems)
     arguments = {key: tuple(value) if isinstance(value, list) else value for key, value in keys.items()}
@@ -50,18 +56,19 @@ def _refuse_fused_sgd(target: str, optimizer: Any) -> None:
             raise ConfigError("optimizer.fused=true: on a CPU, PyTorch's fused SGD skips bf16 parameters; take it away")
 
 
-def find(target: str) -> type[Optimizer]:
-    """The class of this dotted name.
+def find(target: str, trusted: Sequence[str]) -> type[Optimizer]:
+    """The class of this dotted name, in `MODULES` or below one of the `trusted` prefixes.
 
     Raises:
         ConfigError: if there is none, with the names that come close, or if its step needs a closure.
     """
     module, _, name = target.rpartition(".")
-    if module not in MODULES:
+    if module not in MODULES and not any(target.startswith(f"{prefix.rstrip('.')}.") for prefix in trusted if prefix):
         raise ConfigError(
-            f"optimizer._target_={target}: must be a class of {' or '.join(MODULES)}, as torch.optim.RAdam"
+            f"optimizer._target_={target}: must be a class of {' or '.join(MODULES)}, as torch.optim.RAdam, or of a "
+            "package that trust_targets names"
         )
-    classes = _classes(module)
+    classes = _classes(target, module)
     if name not in classes:
         raise ConfigError(f"optimizer._target_={target}: {module} has no such optimizer; {nearest(name, classes)}")
     closure = inspect.signature(classes[name].step).parameters.get("closure")
@@ -72,10 +79,15 @@ def find(target: str) -> type[Optimizer]:
     return classes[name]
 
 
-def _classes(module: str) -> dict[str, type[Optimizer]]:
+def _classes(target: str, module: str) -> dict[str, type[Optimizer]]:
     if module.startswith("bitsandbytes"):
         import_bitsandbytes()
-    members = vars(importlib.import_module(module))
+    try:
+        members = vars(importlib.import_module(module))
+    except ModuleNotFoundError as error:
+        if not f"{module}.".startswith(f"{error.name}."):
+            raise  # the module is there, and what it imports is not
+        raise ConfigError(f"optimizer._target_={target}: there is no module {error.name} to import it from") from error
     return {
         name: member
         for name, member in members.items()
