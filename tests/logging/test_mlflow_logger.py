@@ -221,6 +221,25 @@ def test_a_fresh_run_in_the_same_folder_is_another_mlflow_run(
     assert len(_runs(store)) == 2
 
 
+def test_a_run_killed_before_its_first_checkpoint_is_continued_in_mlflow(
+    store: str, run_info: MakeInfo, mlflow_logger: MakeLogger
+) -> None:
+    killed = mlflow_logger(store)
+    info = run_info()
+    killed.start(info)
+    for step, metrics in _rows(1, 3):
+        killed.log(step, metrics)
+    deadline = time.monotonic() + 20
+    while not _runs(store) or "train/loss" not in _only_run(store).data.metrics:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert _only_run(store).info.status == "RUNNING"
+    facts = _train(run_info(resumed=False), mlflow_logger(store))  # no checkpoint: it begins anew
+    run = _only_run(store)
+    assert (facts["mlflow_run_id"], run.info.status) == (run.info.run_id, "FINISHED")
+    assert _held(store, run.info.run_id) == _on_disk(info.out)
+
+
 def test_a_trial_stands_under_its_sweep(
     store: str, run_info: MakeInfo, mlflow_logger: MakeLogger, tmp_path: Path
 ) -> None:

@@ -59,13 +59,17 @@ class MLflowLogger(BackgroundLogger):
         self.system_metrics = system_metrics
         self.connect_timeout_s = connect_timeout_s
         self._run: MlflowRun | None = None
+        self._continues = False
         self._monitor: Any = None
 
     def start(self, run: RunInfo) -> None:
         """Start the thread and note in `mlflow.json` where the run is meant to go."""
-        record = MlflowRecord.read(run.out) if run.resumed else None
+        record = MlflowRecord.read(run.out)
+        # A run that was killed before its first checkpoint begins anew, and is still the one that MLflow shows running.
+        goes_on = record is not None and (run.resumed or not record.complete)
         same = record is not None and record.tracking_uri == self.tracking_uri
-        run_id = record.run_id if record is not None and same else None
+        run_id = record.run_id if record is not None and goes_on and same else None
+        self._continues = run_id is not None
         run.out.mkdir(parents=True, exist_ok=True)
         MlflowRecord(self.tracking_uri, self.experiment, run_id, complete=False).write(run.out)
         super().start(run)
@@ -87,7 +91,7 @@ class MLflowLogger(BackgroundLogger):
             if (run.out / name).exists():
                 self._run.artifact(run.out / name)
         if self.system_metrics and self._monitor is None:
-            self._monitor = _monitor(self._run.run_id, self.tracking_uri, run.resumed)
+            self._monitor = _monitor(self._run.run_id, self.tracking_uri, self._continues)
         return {"mlflow_run_id": self._run.run_id}
 
     def write(self, rows: Sequence[Row]) -> None:
