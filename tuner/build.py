@@ -17,7 +17,7 @@ from tuner.errors import ConfigError, ModelError
 from tuner.models.family import config_of_folder
 from tuner.models.folder import load_weights
 from tuner.models.llama import Llama, LlamaConfig
-from tuner.models.package import cache_folder
+from tuner.models.package import cached
 from tuner.models.random_weights import fill_with_random_weights
 from tuner.peft.adapter_folder import load_adapter
 from tuner.peft.lora_linear import Adapter
@@ -130,9 +130,7 @@ def tokenizer_of(config: LlamaConfig) -> Tokenizer:
     """The tokenizer of a located model; random weights have the small packaged one."""
     if config.path is not None:
         return load_tokenizer(config.path)
-    folder = cache_folder() / "tiny-tokenizer"
-    write_tiny_tokenizer(folder)
-    return load_tokenizer(folder)
+    return load_tokenizer(cached("tiny-tokenizer", write_tiny_tokenizer))
 
 
 def require_embedded(ids: Iterable[int], config: LlamaConfig) -> None:
@@ -152,10 +150,10 @@ def load_model(
     folder: str | Path, *, dtype: torch.dtype, device: torch.device | str = "cpu", adapter: str | Path | None = None
 ) -> nn.Module:
     """See `tuner.load_model`."""
-    model = load_base(config_of_folder(Path(folder)), dtype, torch.device(device), seed=0)
+    model = load_base(config_of_folder(Path(folder).expanduser()), dtype, torch.device(device), seed=0)
     if adapter is not None:
-        load_adapter(model, Path(adapter))
-    return model
+        load_adapter(model, Path(adapter).expanduser())
+    return model.requires_grad_(False).eval()
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

@@ -194,3 +194,8 @@ def test_checking_takes_milliseconds() -> None:
     for _ in range(10):
         check(config)
     assert (time.perf_counter() - start) / 10 < 0.05, "about 5 ms on a quiet machine"
+
+
+@pytest.mark.parametrize("data", ["messages", "alpaca"])
+def test_the_tiny_model_takes_every_dataset_s_default_length(data: str) -> None:
+    check(compose(["model=tiny", f"data={data}", "data.path=some.jsonl"]))

@@ -69,7 +69,7 @@ VALUE_CASES = [
     (["-m", "seed=1,2", "out=one"], "out=... together with --multirun", "hydra.sweep.dir=FOLDER"),
     (["out="], "out=: expected the name of a run folder", ""),
     (["--quiet"], "unrecognized arguments: --quiet", ""),
-    (["data.max_seq_len=5000"], "data.max_seq_len=5000: longer than the model's context, 512", ""),
+    (["data.max_seq_len=5000"], "data.max_seq_len=5000: longer than the model's context, 2048", ""),
     (["data.max_seq_len=4"], "within data.max_seq_len=4 tokens", "raise it"),
     (["data.path=nowhere.jsonl"], "nowhere.jsonl does not exist", ""),
     (["model.num_key_value_heads=3"], "model.num_key_value_heads=3 does not divide num_attention_heads=4", ""),

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tuner.models.attention import (
+    EXPLICIT_MAX_TOKENS,
     cached_attention,
     causal_attention_for,
     cpu_causal_attention,
@@ -181,6 +182,28 @@ def test_no_token_sees_a_later_one() -> None:
 def test_the_kernel_of_a_device() -> None:
     assert causal_attention_for("cpu") is cpu_causal_attention
     assert causal_attention_for("cuda") is sdpa_causal_attention
+
+
+def bytes_kept(attention: Function, tokens: int) -> int:
+    """What autograd keeps of one call, in bytes."""
+    kept: list[int] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor.untyped_storage().nbytes())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        q, k, v = (random(1, 2, tokens, 8, seed=i).requires_grad_() for i in range(3))
+        attention(q, k, v)
+    return sum(kept)
+
+
+def test_long_sequences_keep_no_probabilities() -> None:
+    """With [T, T] a layer kept, 8 sequences of 1024 tokens would take 9 GiB in a model of 30 layers."""
+    assert EXPLICIT_MAX_TOKENS == 512
+    assert bytes_kept(cpu_causal_attention, 512) >= 2 * 512 * 512 * 4
+    for tokens in (513, 1024):
+        assert bytes_kept(cpu_causal_attention, tokens) < 2 * tokens * 100 * 4
 
 
 def rope_of(x: Tensor) -> Tensor:

@@ -90,6 +90,13 @@ def test_the_asked_dtype_is_loaded(folder: Path) -> None:
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
+def test_a_tilde_is_the_home_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(folder.parent))
+    with torch.no_grad():
+        at_home = tuner.load_model(f"~/{folder.name}", dtype=torch.float32)(torch.arange(20)[None])
+    assert torch.equal(at_home, logits(folder))
+
+
 @pytest.mark.parametrize("theta", [10_000.0, 700.0])
 def test_both_generations_of_config_mean_the_same(folder: Path, theta: float) -> None:
     def version_4(config: dict[str, Any]) -> None:

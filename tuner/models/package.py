@@ -9,10 +9,13 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from tuner.errors import ModelError
-from tuner.models.gguf import convert
+from tuner.models.gguf import CONVERTER_VERSION, convert
 
 
 def cache_folder() -> Path:
@@ -26,24 +29,42 @@ def cache_folder() -> Path:
 def packaged_model(package: str) -> Path:
     """The Hugging Face folder of the one GGUF file in an installed package, made if it is not there yet.
 
-    Safe when several processes ask at once: one converts under a lock, into a temporary folder that is then renamed.
+    Raises:
+        ModelError: the package is not installed or carries no GGUF file, or the cache cannot be written.
+    """
+    source = _gguf_file(package)
+    name = f"{source.stem}-{source.stat().st_size}-v{CONVERTER_VERSION}"
+    return cached(name, lambda folder: convert(source, folder))
+
+
+def cached(name: str, make: Callable[[Path], None]) -> Path:
+    """A folder of the cache, made if it is not there yet and never written again.
+
+    Safe when several processes ask at once: one makes it under a lock, as a temporary folder that is then renamed.
+
+    Args:
+        name: of the folder; another content needs another name.
+        make: writes everything into the folder it is given, which may not exist yet.
 
     Raises:
-        ModelError: the package is not installed or carries no GGUF file.
+        ModelError: the cache cannot be written.
     """
     from filelock import FileLock
 
-    source = _gguf_file(package)
-    folder = cache_folder() / f"{source.stem}-{source.stat().st_size}"
-    if folder.is_dir():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_suffix(".lock")):
-        if not folder.is_dir():
-            unfinished = folder.with_suffix(".unfinished")
-            shutil.rmtree(unfinished, ignore_errors=True)
-            convert(source, unfinished)
-            unfinished.rename(folder)
+    folder = cache_folder() / name
+    try:
+        if folder.is_dir():
+            return folder
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_name(f"{name}.lock")):
+            if not folder.is_dir():
+                unfinished = folder.with_name(f"{name}.unfinished")
+                shutil.rmtree(unfinished, ignore_errors=True)
+                make(unfinished)
+                unfinished.rename(folder)
+    except (OSError, SafetensorError) as error:
+        elsewhere = "name another folder in the environment variable TUNER_CACHE"
+        raise ModelError(f"{folder}: the cache cannot be written ({error}); {elsewhere}") from error
     return folder
 
 

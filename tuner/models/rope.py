@@ -56,7 +56,7 @@ def rope_frequencies(
     frequencies: Tensor = 1.0 / theta**exponents
     if scaling is None:
         return frequencies
-    factor = scaling["factor"]
+    factor: float = scaling["factor"]
     if scaling["rope_type"] == "linear":
         return frequencies / factor
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
