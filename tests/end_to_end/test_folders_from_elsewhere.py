@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -146,3 +147,20 @@ def test_the_facts_of_an_adapter_are_checked(shell: Any, foreign: Path, keys: di
 def test_a_run_folder_whose_config_is_none_is_refused(shell: Any, foreign: Path, text: str) -> None:
     (foreign / "config.yaml").write_text(text)
     assert_refused(shell.inside("evaluate", f"run={foreign}"), foreign)
+
+
+def test_the_printed_commands_of_a_run_with_trust_repeat_it(
+    shell: Any, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here the run's own precision comes from a module of the person."""
+    module = "from tuner.types import Precision\n\n\ndef half():\n    return Precision('bf16', 'bfloat16', 'auto')\n"
+    (tmp_path / "my_precisions.py").write_text(module)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    words = ["model=llama", f"model.path={base}", *shell.data, *STEPS, "out=trusting", "trust_targets=[my_precisions]"]
+    done = shell.inside(*words, "~precision.trainable", "precision._target_=my_precisions.half")
+    assert (done.code, done.err) == (0, "")
+    (command,) = re.findall(r"python -m tuner (evaluate .*)", done.out)
+    assert loss_of(shell.inside(*shlex.split(command))) > 0
+    (without,) = (word for word in shlex.split(command) if word.startswith("run="))
+    refused = shell.inside("evaluate", without)
+    assert (refused.code, "precision._target_=my_precisions.half: not among the classes" in refused.err) == (2, True)

@@ -22,6 +22,7 @@ from tuner.models import folder as model_folder
 from tuner.models.folder import INDEX, SINGLE, save_weights
 from tuner.models.llama import Llama, LlamaConfig
 from tuner.results import plain_tensors
+from tuner.tokenizers.tiny import write_tiny_tokenizer
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 61,
@@ -95,6 +96,8 @@ def test_a_tilde_is_the_home_folder(folder: Path, monkeypatch: pytest.MonkeyPatc
     with torch.no_grad():
         at_home = tuner.load_model(f"~/{folder.name}", dtype=torch.float32)(torch.arange(20)[None])
     assert torch.equal(at_home, logits(folder))
+    write_tiny_tokenizer(folder)
+    assert tuner.load_tokenizer(f"~/{folder.name}").vocab_size == tuner.load_tokenizer(folder).vocab_size
 
 
 @pytest.mark.parametrize("theta", [10_000.0, 700.0])

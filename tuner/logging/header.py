@@ -54,7 +54,10 @@ def saved_in(out: Path) -> dict[str, str]:
 
 def next_commands(out: Path, config: Mapping[str, Any]) -> dict[str, str]:
     """What to do with a finished run."""
-    run = shlex.quote(f"run={out}")
+    words = [f"run={out}"]
+    if trusted := config["trust_targets"]:  # a run folder gives itself no trust
+        words.append(f"trust_targets=[{','.join(trusted)}]")
+    run = shlex.join(words)
     commands = {
         "generate": f'python -m tuner generate {run} prompt="..."',
         "evaluate": f"python -m tuner evaluate {run}",

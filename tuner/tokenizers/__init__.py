@@ -15,4 +15,4 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     """
     from tuner.tokenizers.huggingface import HuggingFaceTokenizer
 
-    return HuggingFaceTokenizer(Path(folder))
+    return HuggingFaceTokenizer(Path(folder).expanduser())
