@@ -343,7 +343,7 @@ def test_the_shell_sees_the_exit_code_and_one_line() -> None:
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.splitlines() == [
         "error: train.batch_size=0: expected a whole number > 0",
-        "error: train.epochs=0: expected a whole number > 0",
+        "error: train.epochs=0: expected a whole number > 0 or null",
     ]
 
 

@@ -60,9 +60,9 @@ def test_the_screen_tells_the_whole_story_without_control_codes(job: Any, out: P
     assert "\x1b" not in job.out
     assert "\r" not in job.out
     order = [
-        "model        random llama, 149,312 parameters",
+        "model        random llama, 131,392 parameters",
         "method       lora, rank 8, alpha 16, quantization none",
-        "trainable    17,920 parameters (12.00 %), kept in float32",
+        "trainable    17,920 parameters (13.64 %), kept in float32",
         "precision    fp32 on ",
         "optimizer    adamw, learning rate 0.001, schedule cosine",
         "data         pydoc: ",
@@ -114,7 +114,7 @@ def test_the_summary_says_how_it_ended(summary: dict[str, Any], shell: Any, job:
     rows = shell.rows("my run, (first)")
     validation = [row["val/loss"] for row in rows if "val/loss" in row]
     assert summary["status"] == "finished"
-    assert (summary["steps"], summary["trainable_params"], summary["total_params"]) == (STEPS, 17920, 149312)
+    assert (summary["steps"], summary["trainable_params"], summary["total_params"]) == (STEPS, 17920, 131392)
     assert summary["val_loss_before"] == validation[0]
     assert summary["objective"] == summary["val_loss"] == validation[-1] < validation[0]
     assert summary["tokens"] == rows[-1]["tokens"]
