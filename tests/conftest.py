@@ -16,7 +16,7 @@ def pytest_configure() -> None:
     """Before the first import of torch or huggingface_hub, which read these once; subprocesses inherit them."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     # The tests' tensors are small: on a machine of many cores more threads only wait for each other.
-    # Threads that spin while they wait take the processor from other tests' processes: ten times the time, when busy.
+    # Threads that spin while they wait take the processor from other tests' processes.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("OMP_NUM_THREADS", str(min(4, os.cpu_count() or 1)))
 

@@ -1,8 +1,8 @@
 """Causal attention with grouped queries, in the form that is fastest where the run is.
 
 `sdpa` is PyTorch's fused kernel: the choice on a GPU and for long sequences, because it never holds the scores. On a
-CPU its backward takes more than twice the time of two plain matrix products a side at a few hundred tokens (measured in
-`benchmarks/train_step.py`), so `explicit` multiplies the matrices itself: the queries of one key/value head are stacked
+CPU plain matrix products took less than half its time at 256 tokens with two threads (`docs/log.md`, also for where
+that ends), so `explicit` multiplies the matrices itself: the queries of one key/value head are stacked
 into one matrix, so no key or value is repeated. Right-padded batches need no mask: a real token never sees a later one.
 
 Letters as in `tuner.types`; G = H / K query heads share a key/value head.
