@@ -11,7 +11,6 @@ from tuner.models.cache import KVCache
 from tuner.models.llama import Llama
 
 
-@torch.inference_mode()
 def generate(
     model: Llama,
     prompt: Sequence[int],
@@ -22,39 +21,85 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
 ) -> list[int]:
-    """The tokens that follow `prompt`, up to and without the end token.
+    """The tokens that follow one prompt: `generate_batch` of it alone."""
+    return generate_batch(
+        model, [prompt], max_new_tokens=max_new_tokens, eos_id=eos_id, temperature=temperature, top_p=top_p, seed=seed
+    )[0]
+
+
+@torch.inference_mode()
+def generate_batch(
+    model: Llama,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    eos_id: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> list[list[int]]:
+    """The tokens that follow each prompt, up to and without the end token, all written in the same forward passes.
+
+    A prompt gets what it would get alone, to the rounding of sums: shorter ones are padded on the left, their positions
+    count from their first token, and each is sampled by a generator of its own. A forward pass of few tokens takes the
+    time of reading the weights, so two replies cost little more than one.
 
     Args:
         model: in any mode; it is evaluated and left as it was.
-        prompt: token ids, at least one.
+        prompts: token ids, at least one each.
         max_new_tokens: where to stop at the latest; the model's context is the other bound.
         eos_id: the token that ends the text.
         temperature: 0 takes the likeliest token, larger values sample from softmax(logits / temperature).
         top_p: sample among the likeliest tokens whose probabilities sum to this (arXiv:1904.09751).
-        seed: of the sampling.
+        seed: of the sampling, of every prompt.
     """
+    replies = [_Reply(prompt, min(max_new_tokens, model.max_position_embeddings - len(prompt))) for prompt in prompts]
+    rows = [reply for reply in replies if reply.open]
+    if not rows:
+        return [reply.written for reply in replies]
     device = model.lm_head.weight.device if hasattr(model.lm_head, "weight") else next(model.parameters()).device
-    generator = torch.Generator(device=device).manual_seed(seed)
-    room = min(max_new_tokens, model.max_position_embeddings - len(prompt))
-    cache = KVCache(len(model.layers), len(prompt) + max(room, 0))
-    fed = torch.tensor([list(prompt)], device=device)
-    written: list[int] = []
+    generators = [torch.Generator(device=device).manual_seed(seed) for _ in rows]
+    longest = max(len(reply.prompt) for reply in rows)
+    padding = [longest - len(reply.prompt) for reply in rows]
+    cache = KVCache(
+        len(model.layers),
+        longest + max(reply.room for reply in rows),
+        torch.tensor(padding, device=device) if any(padding) else None,
+    )
+    any_token = 0
+    padded = [[any_token] * pads + list(reply.prompt) for pads, reply in zip(padding, rows, strict=True)]
+    fed = torch.tensor(padded, device=device)
     was_training = model.training
     model.eval()
     try:
-        while len(written) < room:
-            logits_V = model.lm_head(model.hidden(fed, cache)[0, -1])
-            token = _choose(logits_V, temperature, top_p, generator)
-            if token == eos_id:
-                break
-            written.append(token)
-            fed = torch.tensor([[token]], device=device)
+        while True:
+            logits_BV = model.lm_head(model.hidden(fed, cache)[:, -1])
+            chosen = [_choose(*row, temperature, top_p) for row in zip(logits_BV, generators, strict=True)]
+            for reply, token in zip(rows, chosen, strict=True):
+                reply.add(token, eos_id)
+            if not any(reply.open for reply in rows):
+                return [reply.written for reply in replies]
+            fed = torch.tensor(chosen, device=device).unsqueeze(1)
     finally:
         model.train(was_training)
-    return written
 
 
-def _choose(logits_V: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
+class _Reply:
+    """What has been written after one prompt, and whether more may come."""
+
+    def __init__(self, prompt: Sequence[int], room: int) -> None:
+        self.prompt = prompt
+        self.room = room
+        self.written: list[int] = []
+        self.open = room > 0
+
+    def add(self, token: int, eos_id: int) -> None:
+        if self.open and token != eos_id:
+            self.written.append(token)
+        self.open = self.open and token != eos_id and len(self.written) < self.room
+
+
+def _choose(logits_V: Tensor, generator: torch.Generator, temperature: float, top_p: float) -> int:
     if temperature == 0.0:
         return int(logits_V.argmax())
     probabilities, order = torch.softmax(logits_V.float() / temperature, dim=-1).sort(descending=True)

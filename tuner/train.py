@@ -33,7 +33,7 @@ from tuner.checkpoint.lock import only_run_in
 from tuner.config import check, freeze
 from tuner.data.batches import Batches, batches_by_length
 from tuner.errors import Interrupted
-from tuner.generation import generate
+from tuner.generation import generate_batch
 from tuner.interruption import StopRequest, stop_on_signals
 from tuner.logging.disk import DiskLogger, Generation
 from tuner.logging.header import header, next_commands, resume_command, saved_in
@@ -259,13 +259,14 @@ def validate(parts: Parts, log: RunLog) -> float:
 
 def write_samples(parts: Parts, number: int, max_new_tokens: int) -> list[str]:
     """What the model replies to the first validation dialogues."""
-    tokenizer, replies = parts.tokenizer, []
-    for dialogue in parts.dataset.dialogues[:number]:
-        prompt = tokenizer.apply_chat_template(dialogue.messages, add_generation_prompt=True)
-        model = cast(Llama, parts.state.model)
-        ids = generate(model, prompt, max_new_tokens=max_new_tokens, eos_id=tokenizer.eos_id)
-        replies.append(tokenizer.decode(ids, skip_special_tokens=True))
-    return replies
+    tokenizer = parts.tokenizer
+    prompts = [
+        tokenizer.apply_chat_template(dialogue.messages, add_generation_prompt=True)
+        for dialogue in parts.dataset.dialogues[:number]
+    ]
+    model = cast(Llama, parts.state.model)
+    replies = generate_batch(model, prompts, max_new_tokens=max_new_tokens, eos_id=tokenizer.eos_id)
+    return [tokenizer.decode(ids, skip_special_tokens=True) for ids in replies]
 
 
 def generations(dataset: Dataset, before: Sequence[str], after: Sequence[str]) -> list[Generation]:

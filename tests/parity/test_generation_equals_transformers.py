@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import tuner
-from tuner.generation import _choose, generate
+from tuner.generation import _choose, generate, generate_batch
 from tuner.models.cache import KVCache
 from tuner.models.llama import Llama
 from tuner.peft.lora import LoRA
@@ -76,6 +76,31 @@ def test_it_stops_at_the_end_of_the_context(llama_folder: Folder) -> None:
     assert generate(model, list(range(20)), max_new_tokens=64, eos_id=NEVER) == []
 
 
+PROMPTS = [PROMPT, [7], list(range(40, 53)), [9, 9, 9]]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_prompts_of_unequal_length_are_answered_as_each_alone(temperature: float, llama_folder: Folder) -> None:
+    model = model_of(llama_folder())
+    how: dict[str, Any] = {"max_new_tokens": 24, "temperature": temperature, "top_p": 0.95, "seed": 3}
+    alone = [generate(model, prompt, eos_id=NEVER, **how) for prompt in PROMPTS]
+    assert len({tuple(reply) for reply in alone}) == len(PROMPTS)
+    assert generate_batch(model, PROMPTS, eos_id=NEVER, **how) == alone
+    eos = alone[1][5]  # one ends early, the others go on
+    cut = [reply[: reply.index(eos)] if eos in reply else reply for reply in alone]
+    assert len({len(reply) for reply in cut}) > 1
+    assert generate_batch(model, PROMPTS, eos_id=eos, **how) == cut
+
+
+def test_each_row_of_a_batch_has_its_own_room(llama_folder: Folder) -> None:
+    model = model_of(llama_folder(max_position_embeddings=16))
+    batch = [list(range(20)), PROMPT, list(range(14)), list(range(16))]
+    found = generate_batch(model, batch, max_new_tokens=64, eos_id=NEVER)
+    assert [len(reply) for reply in found] == [0, 10, 2, 0]
+    assert found[1] == generate(model, PROMPT, max_new_tokens=64, eos_id=NEVER)
+    assert generate_batch(model, [], max_new_tokens=64, eos_id=NEVER) == []
+
+
 def test_the_models_mode_is_left_as_it_was_and_dropout_is_off(llama_folder: Folder) -> None:
     model = model_of(llama_folder(tie_word_embeddings=False))
     keys = {"lora_rank": 2, "lora_alpha": 4, "lora_dropout": 0.9, "lora_attn_modules": ["q_proj"]}
@@ -120,7 +145,7 @@ def test_sampled_frequencies_are_the_distributions() -> None:
     draws = 4000
 
     def frequencies(temperature: float, top_p: float) -> list[float]:
-        counts = Counter(_choose(logits, temperature, top_p, generator) for _ in range(draws))
+        counts = Counter(_choose(logits, generator, temperature, top_p) for _ in range(draws))
         return [counts[token] / draws for token in range(4)]
 
     off = 0.03  # four standard deviations of a frequency: 4 * sqrt(.25 / 4000)

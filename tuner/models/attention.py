@@ -80,8 +80,18 @@ def causal_attention_for(device_type: str) -> AttentionFn:
     return cpu_causal_attention if device_type == "cpu" else sdpa_causal_attention
 
 
-def cached_attention(q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor) -> Tensor:
-    """New queries over all S cached keys: query i sees keys up to S - T + i. For generation, no gradient."""
-    T, S = q_BHTE.shape[2], k_BKSE.shape[2]
-    seen = torch.ones(T, S, dtype=torch.bool, device=q_BHTE.device).tril_(S - T)
+def cached_attention(q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, padding_B: Tensor | None = None) -> Tensor:
+    """New queries over all S cached keys: query i sees keys up to S - T + i. For generation, no gradient.
+
+    Args:
+        q_BHTE, k_BKSE, v_BKSE: the T newest queries, and all keys and values.
+        padding_B: how many keys at the left of each row nobody sees; a query among them sees itself, because one that
+            saw nothing would be NaN, and so would all that is multiplied with it.
+    """
+    T, S, device = q_BHTE.shape[2], k_BKSE.shape[2], q_BHTE.device
+    seen = torch.ones(T, S, dtype=torch.bool, device=device).tril_(S - T)
+    if padding_B is not None:
+        keys_S = torch.arange(S, device=device)
+        itself = keys_S == keys_S[S - T :, None]
+        seen = (seen & (keys_S >= padding_B[:, None, None]) | itself).unsqueeze(1)
     return F.scaled_dot_product_attention(q_BHTE, k_BKSE, v_BKSE, attn_mask=seen, enable_gqa=True)

@@ -9,8 +9,9 @@ from torch import Tensor
 class LayerCache:
     """One layer's keys and values, [B, K, max_tokens, E] each, filled from the left."""
 
-    def __init__(self, max_tokens: int) -> None:
+    def __init__(self, max_tokens: int, padding: Tensor | None = None) -> None:
         self.max_tokens = max_tokens
+        self.padding = padding
         self.length = 0
         self._keys: Tensor | None = None
         self._values: Tensor | None = None
@@ -34,11 +35,18 @@ class KVCache:
     Args:
         num_layers: layers of the model.
         max_tokens: the longest text, prompt included.
+        padding: how many positions at the left of each row are no text, integers [B]; None for no padding.
     """
 
-    def __init__(self, num_layers: int, max_tokens: int) -> None:
-        self.layers = [LayerCache(max_tokens) for _ in range(num_layers)]
+    def __init__(self, num_layers: int, max_tokens: int, padding: Tensor | None = None) -> None:
+        self.padding = padding
+        self.layers = [LayerCache(max_tokens, padding) for _ in range(num_layers)]
 
     @property
     def length(self) -> int:
         return self.layers[0].length
+
+    def positions(self, num_new: int, device: torch.device) -> Tensor:
+        """The places in their text of the next `num_new` tokens, [T] or, with padding, [B, 1, T] (for all heads)."""
+        columns_T = torch.arange(self.length, self.length + num_new, device=device)
+        return columns_T if self.padding is None else (columns_T - self.padding[:, None, None]).clamp_min(0)

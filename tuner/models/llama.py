@@ -173,7 +173,7 @@ class Attention(nn.Module):
         k = self.k_proj(x_BTD).view(B, T, -1, self.head_dim).transpose(1, 2)
         v = self.v_proj(x_BTD).view(B, T, -1, self.head_dim).transpose(1, 2)
         q, k = apply_rope(q, *rope), apply_rope(k, *rope)
-        out = self.attention(q, k, v) if cache is None else cached_attention(q, *cache.append(k, v))
+        out = self.attention(q, k, v) if cache is None else cached_attention(q, *cache.append(k, v), cache.padding)
         return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))  # type: ignore[no-any-return]
 
 
@@ -258,10 +258,10 @@ class Llama(nn.Module):
     def hidden(self, tokens_BT: Tensor, cache: KVCache | None = None) -> Tensor:
         """The normalised last hidden states [B, T, D] of tokens [B, T], which continue `cache` where one is given."""
         x_BTD = self.model.embed_tokens(tokens_BT)
-        start = cache.length if cache else 0
-        positions_T = torch.arange(start, start + tokens_BT.shape[1], device=tokens_BT.device)
+        T, device = tokens_BT.shape[1], tokens_BT.device
+        positions = cache.positions(T, device) if cache else torch.arange(T, device=device)
         config = self.config
-        rope = rope_table(positions_T, config.size_of_head, config.rope_theta, config.rope_scaling, x_BTD.dtype)
+        rope = rope_table(positions, config.size_of_head, config.rope_theta, config.rope_scaling, x_BTD.dtype)
         for index, layer in enumerate(self.model.layers):
             x_BTD = layer(x_BTD, rope, cache.layers[index] if cache else None)
         return self.model.norm(x_BTD)  # type: ignore[no-any-return]
