@@ -17,7 +17,11 @@ from torch import Tensor, nn
 from tuner.types import IGNORE
 
 CHUNK_TOKENS = 256
-"""Tokens a chunk: at V = 49,152 its bf16 logits take 24 MiB."""
+"""Tokens a chunk: at V = 49,152 its bf16 logits take 24 MiB.
+
+The gradient of a head that trains is summed over the chunks in the head's dtype. In bf16, 16 chunks put it 0.44 % from
+the fp32 gradient (relative norm, 4,096 tokens) where one product puts it 0.17 %: less than bf16 activations do, and an
+fp32 sum would take 2 V D bytes more."""
 
 CPU_BLOCK_TOKENS = 32
 """Tokens whose fp32 log-probabilities exist at once on a CPU: few enough to stay in its cache, which makes the softmax

@@ -32,6 +32,12 @@ def finished_before(out: Path) -> Summary:
     return summary
 
 
+def results_bytes(model: nn.Module) -> int:
+    """What `save_results` will write, its few kilobytes of text not counted."""
+    saved = (p for p in model.parameters() if p.requires_grad or not has_adapter(model))
+    return sum(p.numel() * p.element_size() for p in saved)
+
+
 def save_results(model: nn.Module, tokenizer: Tokenizer, out: Path, *, facts: Mapping[str, Any]) -> list[Path]:
     """Write `adapter/` or, where all weights trained, `model/`; each appears whole.
 

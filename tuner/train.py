@@ -45,7 +45,7 @@ from tuner.models.family import located
 from tuner.models.llama import Llama
 from tuner.optimizers.custom import custom
 from tuner.precision.resolve import resolve
-from tuner.results import finished_before, save_results
+from tuner.results import finished_before, results_bytes, save_results
 from tuner.types import Batch, Dataset, Logger, Precision, RunInfo, State, Summary, Tokenizer
 
 
@@ -171,7 +171,7 @@ def prepare(cfg: DictConfig, out: Path) -> Parts:
     checkpoints: Checkpoints = instantiate(cfg.checkpoint)
     logger: Logger = instantiate(cfg.logger)
     state = State(model, optimizer, batches)
-    checkpoints.require_room(out, state)
+    checkpoints.require_room(out, state, results_bytes(model))
     return Parts(
         device,
         precision,

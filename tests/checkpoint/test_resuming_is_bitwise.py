@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from tuner.peft.full import Full
 from tuner.peft.lora import LoRA
 from tuner.quantization.nf4 import NF4
 from tuner.quantization.none import NoQuantization
+from tuner.results import results_bytes
 from tuner.types import Precision, Sample, State
 
 SHAPE: dict[str, Any] = {
@@ -235,10 +237,20 @@ def test_other_parameters_are_refused(tmp_path: Path) -> None:
 
 def test_a_disk_without_room_is_said_before_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     state = fresh_state("full", "adamw")
-    free = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr("tuner.checkpoint.default.shutil.disk_usage", lambda path: free)
-    with pytest.raises(CheckpointError, match=r"no room for a checkpoint: it may take .* MiB and"):
-        Checkpoints("auto", None, 1).require_room(tmp_path / "not" / "there", state)
+    weights = sum(p.numel() * p.element_size() for p in state.model.parameters())
+    assert results_bytes(state.model) == weights
+    enough = weights * 3 + weights  # fp32 weights and two moments as large, and the model once more at the end
+    for free, refused in ((enough - 1, True), (enough, False)):
+        usage = type("Usage", (), {"free": free})
+        monkeypatch.setattr("tuner.checkpoint.default.shutil.disk_usage", lambda path, usage=usage: usage)
+        with (
+            pytest.raises(CheckpointError, match=r"no room for a checkpoint and the results: they may take .* MiB and")
+            if refused
+            else nullcontext()
+        ):
+            Checkpoints("auto", None, 1).require_room(tmp_path / "not" / "there", state, results_bytes(state.model))
+    lora = fresh_state("lora", "adamw").model
+    assert results_bytes(lora) == sum(p.numel() * 4 for p in lora.parameters() if p.requires_grad)
     assert not list(tmp_path.iterdir())
 
 

@@ -324,7 +324,7 @@ def test_a_disk_too_small_for_the_checkpoint_is_refused_before_training(
 ) -> None:
     folder = disk(256)
     done = shell.inside("model=tiny", *shell.data, *QUICK, "peft=full", f"out={folder}/run")
-    assert_one_clear_line(shell, done, "no room for a checkpoint: it may take ", "has 0.2 MiB free")
+    assert_one_clear_line(shell, done, "no room for a checkpoint and the results: they may take ", "has 0.2 MiB free")
     assert list(folder.iterdir()) == []
 
 
@@ -332,7 +332,7 @@ def test_a_disk_too_small_for_two_checkpoints_at_a_time_is_refused(shell: Any, d
     folder = disk(2500)
     words = ["model=tiny", *shell.data, *QUICK, "peft=full", "checkpoint.every_steps=1"]
     done = shell.inside(*words, f"out={folder}/run")
-    assert_one_clear_line(shell, done, "no room for 2 checkpoints: they may take ")
+    assert_one_clear_line(shell, done, "no room for 2 checkpoints and the results: they may take ")
     assert list(folder.iterdir()) == []
 
 

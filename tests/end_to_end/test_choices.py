@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import yaml
 from safetensors.torch import load_file
 
 from tuner.config import conf_dir
+from tuner.precision.resolve import resolve
 
 STEPS = 6
 COMMON = [f"train.max_steps={STEPS}", "train.num_samples=0", "train.num_threads=1", "logger=none"]
@@ -71,6 +73,28 @@ def test_what_trains_is_kept_in_the_dtype_that_was_asked_for(shell: Any) -> None
     assert trained(shell, "precision=bf16")[0]["trainable_dtype"] == "float32"
     assert trained(shell, "precision=bf16", "precision.trainable=bf16")[0]["trainable_dtype"] == "bfloat16"
     assert trained(shell, "precision=bf16", "peft=full")[0]["trainable_dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("trainable", ["auto", "bf16"])
+def test_a_device_without_bf16_is_trained_in_fp32_and_the_records_say_so(
+    trainable: str, shell: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An old GPU as `resolve` meets it; training itself is on the CPU."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    monkeypatch.setattr("tuner.train.resolve", lambda precision, device: resolve(precision, torch.device("cuda", 0)))
+    words = ["peft=qlora", "precision=bf16", f"precision.trainable={trainable}", f"out=old_{trainable}"]
+    done = shell.inside("model=tiny", *shell.data, *COMMON, *words)
+    assert (done.code, done.err) == (0, "")
+    out = shell.folder / f"old_{trainable}"
+    assert done.out.count("precision: Tesla T4 has no bfloat16, so this run uses fp32") == 1
+    summary = json.loads((out / "summary.json").read_text())
+    assert (summary["precision"], summary["trainable_dtype"]) == ("fp32", "float32")
+    adapter = load_file(out / "adapter" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in adapter.values()} == {torch.float32}
+    facts = json.loads((out / "adapter" / "tuner.json").read_text())  # what `generate` and `merge` load the base in
+    assert facts["precision"] == "fp32"
 
 
 def test_epochs_are_what_decides_without_max_steps(shell: Any) -> None:

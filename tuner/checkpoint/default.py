@@ -43,10 +43,16 @@ class Checkpoints:
     def due(self, step: int) -> bool:
         return self.every_steps is not None and step % self.every_steps == 0
 
-    def require_room(self, out: Path, state: State) -> None:
-        """Refuse to begin a run whose checkpoints the disk cannot hold: weights and two fp32 moments of what trains.
+    def require_room(self, out: Path, state: State, results_bytes: int) -> None:
+        """Refuse to begin a run whose checkpoints and results the disk cannot hold.
 
-        An old checkpoint is removed after the new one is whole, so there is one more than `keep_last` for a while.
+        A checkpoint is the weights and two fp32 moments of what trains. An old one is removed after the new one is
+        whole, so there is one more than `keep_last` for a while.
+
+        Args:
+            out: the run folder.
+            state: newly made.
+            results_bytes: what is written at the end, while the checkpoints are still there.
 
         Raises:
             CheckpointError: with the sizes.
@@ -54,12 +60,13 @@ class Checkpoints:
         trained = [p for p in state.model.parameters() if p.requires_grad]
         copies = 1 if self.every_steps is None else self.keep_last + 1
         copies = max(1, copies - len(whole_checkpoints(out)))
-        needed = copies * sum(p.numel() * (p.element_size() + 8) for p in trained)
+        needed = copies * sum(p.numel() * (p.element_size() + 8) for p in trained) + results_bytes
         existing = next(folder for folder in [out, *out.parents] if folder.is_dir())
         if (free := shutil.disk_usage(existing).free) < needed:
-            what = "a checkpoint: it" if copies == 1 else f"{copies} checkpoints: they"
+            what = "a checkpoint" if copies == 1 else f"{copies} checkpoints"
             raise CheckpointError(
-                f"no room for {what} may take {needed / 2**20:.1f} MiB and {existing} has {free / 2**20:.1f} MiB free"
+                f"no room for {what} and the results: they may take {needed / 2**20:.1f} MiB"
+                f" and {existing} has {free / 2**20:.1f} MiB free"
             )
 
     def save(self, out: Path, state: State) -> Path:
