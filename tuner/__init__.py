@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from tuner.types import Summary, Tokenizer
 
-__all__ = ["check", "compose", "load_model", "load_tokenizer", "run"]
+__all__ = ["check", "compose", "freeze", "load_model", "load_tokenizer", "run"]
 
 
 def compose(overrides: Sequence[str] = ()) -> DictConfig:
@@ -34,22 +34,34 @@ def check(cfg: DictConfig | Mapping[str, Any]) -> None:
     """Check every key and every rule between groups, in milliseconds and without torch.
 
     Raises:
-        ConfigError: all problems together, each naming the key, the value and the valid choices.
+        ConfigError: all problems together, each naming the key, the value and the valid choices; IllegalCombination if
+            all of them are rules between values that are right in themselves.
     """
     from tuner.config import check
 
     check(cfg)
 
 
-def run(cfg: DictConfig) -> Summary:
+def freeze(cfg: DictConfig) -> DictConfig:
+    """A resolved copy that means the same in any process and any folder: paths, threads and tracking store settled."""
+    from tuner.config import freeze
+
+    return freeze(cfg)
+
+
+def run(cfg: DictConfig, overrides: Sequence[str] | None = None) -> Summary:
     """Train as `cfg` says; what is left on disk is in the folder `summary.out`.
+
+    Args:
+        cfg: composed or frozen.
+        overrides: the words of the command line it was composed from, for the record.
 
     Raises:
         TunerError: an input that is wrong: the configuration, the data, the model's files, a checkpoint.
     """
     from tuner.train import run
 
-    return run(cfg)
+    return run(cfg, overrides)
 
 
 def load_model(

@@ -1,6 +1,7 @@
 """The command line: `tuner [VERB] [words]`, `run` being the verb that need not be said.
 
-Exit codes: 0 done, 2 the input was wrong (one line each on stderr), 130 interrupted, 1 anything else (a traceback).
+Exit codes: 0 done, 2 the input was wrong (one line each on stderr), 130 interrupted, 1 anything else (a traceback, or
+a sweep of which not every trial finished).
 """
 
 from __future__ import annotations
@@ -112,7 +113,7 @@ def reported(call: Callable[[], Any], debug: bool) -> int:
             traceback.print_exc()
         for line in str(error).splitlines():
             print(f"{'' if isinstance(error, Interrupted) else 'error: '}{line}", file=sys.stderr)
-        return 130 if isinstance(error, Interrupted) else 2
+        return error.exit_code
     except BrokenPipeError:
         # The reader has gone, as in `tuner ls | head -1`; Python would complain once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

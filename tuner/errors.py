@@ -11,7 +11,13 @@ from collections.abc import Iterable
 
 
 class TunerError(Exception):
-    """Base of all errors whose cause is the input and not the program."""
+    """Base of all errors whose cause is the input and not the program.
+
+    Attributes:
+        exit_code: what the command line ends with.
+    """
+
+    exit_code = 2
 
 
 class ConfigError(TunerError):
@@ -24,6 +30,19 @@ class ConfigError(TunerError):
     def __init__(self, problems: str | Iterable[str]) -> None:
         self.problems = [problems] if isinstance(problems, str) else list(problems)
         super().__init__("\n".join(self.problems))
+
+
+class IllegalCombination(ConfigError):
+    """Values that are right each by itself and cannot go together: a point of a sweep that is left out, not a typo.
+
+    Args:
+        problems: one sentence each.
+        rules: the names of the broken rules, in the same order.
+    """
+
+    def __init__(self, problems: Iterable[str], rules: Iterable[str]) -> None:
+        super().__init__(problems)
+        self.rules = list(rules)
 
 
 class DataError(TunerError):
@@ -44,6 +63,8 @@ class TrainingError(TunerError):
 
 class Interrupted(TunerError):
     """A run that was asked to stop and has saved its state."""
+
+    exit_code = 130
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:

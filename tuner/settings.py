@@ -52,6 +52,20 @@ class Train:
 
 
 @dataclass(frozen=True)
+class Sweep:
+    """What a sweep does with points that need no run or cannot have one.
+
+    Args:
+        on_illegal: a point that breaks a rule is left out (`skip`), or nothing is run at all (`refuse`).
+        rerun: which of the trials that a sweep folder holds already are run again: those that ended badly (`failed`),
+            `all`, or `none`; one that was stopped goes on in any case.
+    """
+
+    on_illegal: Literal["skip", "refuse"]
+    rerun: Literal["none", "failed", "all"]
+
+
+@dataclass(frozen=True)
 class Run:
     """`tuner [run]`: one training run."""
 
@@ -70,6 +84,7 @@ class Run:
     seed: NonNegativeInt
     device: Literal["auto", "cpu", "cuda"]
     train: Train
+    sweep: Sweep
     trust_targets: list[str]
 
 

@@ -23,6 +23,7 @@ DOES_NOT_MATTER = (
     "train.max_new_tokens",
     "train.objective",
     "trust_targets",
+    "sweep.",
 )
 """Keys (and, with a dot, groups) that change neither weights nor data nor what is measured when."""
 
@@ -41,7 +42,7 @@ def decide(out: Path, config: Mapping[str, Any], resume: str) -> Decision:
         CheckpointError: `never` on a folder that holds a run, or a changed key that matters, by name.
     """
     frozen = out / "config.yaml"
-    if not frozen.is_file():
+    if not (frozen.is_file() and (out / "environment.json").is_file()):  # a trial's config is there before it begins
         return "fresh"
     if resume == "never":
         raise CheckpointError(f"{out} holds a run and checkpoint.resume=never; give another out, or resume=auto")

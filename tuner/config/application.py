@@ -10,6 +10,7 @@ import argparse
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,6 +26,7 @@ from hydra.main import _get_rerun_conf
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from tuner.config.checking import member_problems
 from tuner.config.composition import check, config_loader, freeze, load, without_hydra
 from tuner.config.explaining import sentence
 from tuner.config.signatures import signature_of
@@ -142,21 +144,51 @@ class Application:
             raise ConfigError("--multirun: only training runs are swept")
         if any(word.lstrip("+").startswith("out=") for word in words):
             raise ConfigError("out=... together with --multirun: every trial has its own; say hydra.sweep.dir=FOLDER")
-        load(hydra.config_loader, _first_point(words), self.config_name)
-
-        def task(config: DictConfig) -> Any:
-            trial_words = OmegaConf.to_container(HydraConfig.get().overrides.task)
-            assert isinstance(trial_words, list)
-            try:
-                return self._call(_in_hydras_folder(config), [*switches, *map(str, trial_words)])
-            except Interrupted as stopped:
-                # Hydra takes any Exception for the end of this trial only and begins the next.
-                raise KeyboardInterrupt from stopped
-
+        composed = load(hydra.config_loader, _first_point(words), self.config_name)
+        _check_plugins(composed.hydra)
         try:
-            hydra.multirun(self.config_name, task, [*words, "hydra.mode=MULTIRUN"])
+            hydra.multirun(self.config_name, _Point(self, switches), [*words, "hydra.mode=MULTIRUN"])
         except KeyboardInterrupt as interrupt:
             raise interrupt.__cause__ or interrupt from None
+
+
+@dataclass(frozen=True)
+class _Point:
+    """What Hydra's own sweeper calls for each point; ours runs frozen folders instead and reads the switches only.
+
+    Attributes:
+        application: whose command is swept.
+        switches: the switches that decide, as the other words do, what is composed.
+    """
+
+    application: Application
+    switches: list[str]
+
+    def __call__(self, config: DictConfig) -> Any:
+        words = OmegaConf.to_container(HydraConfig.get().overrides.task)
+        assert isinstance(words, list)
+        try:
+            return self.application._call(_in_hydras_folder(config), [*self.switches, *map(str, words)])
+        except Interrupted as stopped:
+            # Hydra takes any Exception for the end of this trial only and begins the next.
+            raise KeyboardInterrupt from stopped
+
+
+def _check_plugins(hydra: DictConfig) -> None:
+    """Every key of a launcher and sweeper of ours.
+
+    Raises:
+        ConfigError: all that are unknown or of a wrong kind.
+    """
+    problems = []
+    for name in ("launcher", "sweeper"):
+        node = OmegaConf.to_container(hydra[name], resolve=True)
+        assert isinstance(node, dict)
+        keys = {str(key): value for key, value in node.items()}
+        if str(keys["_target_"]).startswith("hydra_plugins.tuner_sweeper."):
+            problems += member_problems(f"hydra.{name}", keys, str(keys["_target_"]))
+    if problems:
+        raise ConfigError(problems)
 
 
 def _composing_switches(args: argparse.Namespace) -> list[str]:

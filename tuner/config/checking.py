@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from tuner.config.kinds import MISSING, Kind
@@ -35,7 +36,15 @@ INSTRUCTIONS = {"_target_": str, "_partial_": bool, "_recursive_": bool, "_conve
 """Keys that are read by Hydra's `instantiate` and not by the target."""
 
 
-def problems_of(config: Mapping[str, Any], command: str = "Run") -> list[str]:
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong with a configuration; `rule` is the broken rule, None where a key or value is wrong."""
+
+    sentence: str
+    rule: str | None = None
+
+
+def problems_of(config: Mapping[str, Any], command: str = "Run") -> list[Problem]:
     """Everything wrong with a configuration of plain resolved containers.
 
     Args:
@@ -46,8 +55,19 @@ def problems_of(config: Mapping[str, Any], command: str = "Run") -> list[str]:
     targets = list(refused_targets(config, trusted if isinstance(trusted, list) else []))
     refused = {path for path, _ in targets}
     keys = list(_keys("", config, signature_of(f"tuner.settings.{command}"), refused))
-    problems = [sentence for _, sentence in [*targets, *keys]]
+    problems = [Problem(sentence) for _, sentence in [*targets, *keys]]
     return problems + _broken(config, {path for path, _ in [*targets, *keys]})
+
+
+def member_problems(path: str, node: Mapping[str, Any], target: str) -> list[str]:
+    """Everything wrong with the keys of a node that is not part of a run: Hydra's launcher and sweeper.
+
+    Args:
+        path: of the node.
+        node: plain resolved containers.
+        target: the class of ours whose signature names its keys.
+    """
+    return [sentence for _, sentence in _keys(path, node, signature_of(target), set())]
 
 
 def refused_targets(node: Any, trusted: Sequence[str], path: str = "") -> Iterator[tuple[str, str]]:
@@ -128,12 +148,12 @@ def _member(path: str, node: Mapping[str, Any], refused: set[str]) -> Iterator[t
         yield from _keys(path, node, signature_of(node["_target_"]), refused)
 
 
-def _broken(config: Mapping[str, Any], wrong: set[str]) -> list[str]:
+def _broken(config: Mapping[str, Any], wrong: set[str]) -> list[Problem]:
     """The rules that are broken by values which are right in themselves."""
     try:
-        return [sentence for _, sentence in broken_rules(facts_of(config, wrong))]
+        return [Problem(sentence, rule.name) for rule, sentence in broken_rules(facts_of(config, wrong))]
     except ConfigError as error:
-        return error.problems
+        return [Problem(sentence) for sentence in error.problems]
 
 
 def _join(path: str, key: Any) -> str:

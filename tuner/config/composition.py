@@ -25,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from tuner.config.checking import problems_of
 from tuner.config.explaining import COMPOSE_ERRORS, explain, one_line
-from tuner.errors import ConfigError
+from tuner.errors import ConfigError, IllegalCombination
 
 PRIMARY = "config"
 LOCAL_PATHS = ("model.path", "data.path")
@@ -116,7 +116,7 @@ def load(
     except COMPOSE_ERRORS as error:
         problems, rest = explain(error, words, attempt)
         if rest is not None and command is not None:
-            problems += problems_of(plain(without_hydra(rest)), command)
+            problems += [problem.sentence for problem in problems_of(plain(without_hydra(rest)), command)]
         raise ConfigError(problems) from error
 
 
@@ -170,10 +170,16 @@ def check(config: DictConfig | Mapping[str, Any], command: str = "Run") -> None:
         command: the class of `tuner.settings` that names its keys.
 
     Raises:
-        ConfigError: all problems together, each naming the key, the value and the valid choices.
+        ConfigError: all problems together, each naming the key, the value and the valid choices; IllegalCombination if
+            all of them are rules between values that are right in themselves.
     """
-    if problems := problems_of(plain(config), command):
-        raise ConfigError(problems)
+    problems = problems_of(plain(config), command)
+    rules = [problem.rule for problem in problems if problem.rule is not None]
+    sentences = [problem.sentence for problem in problems]
+    if problems and len(rules) == len(problems):
+        raise IllegalCombination(sentences, rules)
+    if problems:
+        raise ConfigError(sentences)
 
 
 def available_cpus() -> int:

@@ -1,5 +1,7 @@
 """The signatures of our own classes and functions, read from their source: the schema of every YAML.
 
+Ours are the packages that are installed side by side: `tuner`, `sweeper` and the doorway `hydra_plugins`.
+
 Nothing is imported, so a whole configuration is checked in milliseconds and before torch is needed.
 """
 
@@ -13,7 +15,8 @@ from pathlib import Path
 
 from tuner.config.kinds import RUN_TIME, Kind, kind_of, member, record
 
-PACKAGE = Path(__file__).resolve().parent.parent
+PACKAGES = Path(__file__).resolve().parents[2]
+OURS = ("tuner", "sweeper", "hydra_plugins")
 
 Definition = ast.ClassDef | ast.FunctionDef
 
@@ -35,7 +38,7 @@ class Signature:
 
 @cache
 def signature_of(target: str) -> Signature:
-    """The signature of `tuner.<...>.<module>.<Name>`.
+    """The signature of `<package of ours>.<...>.<module>.<Name>`.
 
     Raises:
         LookupError: no such module, or no class or function of that name is defined in it.
@@ -46,11 +49,11 @@ def signature_of(target: str) -> Signature:
 
 @cache
 def source_of(module: str) -> ast.Module:
-    """Syntax tree of a module of this package."""
-    root, *parts = module.split(".")
-    path = PACKAGE.joinpath(*parts)
-    file = path.with_suffix(".py") if parts and path.with_suffix(".py").is_file() else path / "__init__.py"
-    if root != PACKAGE.name or not file.is_file():
+    """Syntax tree of a module of ours."""
+    parts = module.split(".")
+    path = PACKAGES.joinpath(*parts)
+    file = path.with_suffix(".py") if path.with_suffix(".py").is_file() else path / "__init__.py"
+    if parts[0] not in OURS or not file.is_file():
         raise LookupError(f"no module {module}")
     return ast.parse(file.read_text(encoding="utf-8"), str(file))
 
@@ -136,7 +139,7 @@ def _home(module: str, name: str) -> tuple[str, str] | None:
     if name in definitions(module) or name in _aliases(module):
         return module, name
     for node in ast.walk(source_of(module)):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == PACKAGE.name:
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] in OURS:
             for alias in node.names:
                 if (alias.asname or alias.name) == name:
                     return _home(node.module, alias.name)

@@ -29,6 +29,8 @@ class MLflowLogger(BackgroundLogger):
         run_name: null for the name of the run folder.
         tags: tags of the run.
         parent_run_id: MLflow run under which this one is shown, as a sweep's trials are.
+        live: send while the run goes on. Twelve processes that write to one SQLite file take ten times as long as one,
+            so trials in parallel leave it to the sweep, which replays their folders.
         system_metrics: also log processor, memory, disk and GPU use every ten seconds.
         flush_every_s: metrics are gathered this long and sent together.
         connect_timeout_s: how long one answer of a server may take (a user's MLFLOW_HTTP_REQUEST_TIMEOUT wins).
@@ -45,6 +47,7 @@ class MLflowLogger(BackgroundLogger):
         run_name: str | None,
         tags: dict[str, str],
         parent_run_id: str | None,
+        live: bool,
         system_metrics: bool,
         flush_every_s: PositiveFloat,
         connect_timeout_s: PositiveFloat,
@@ -56,6 +59,7 @@ class MLflowLogger(BackgroundLogger):
         self.run_name = run_name
         self.tags = tags
         self.parent_run_id = parent_run_id
+        self.live = live
         self.system_metrics = system_metrics
         self.connect_timeout_s = connect_timeout_s
         self._run: MlflowRun | None = None
@@ -72,7 +76,19 @@ class MLflowLogger(BackgroundLogger):
         self._continues = run_id is not None
         run.out.mkdir(parents=True, exist_ok=True)
         MlflowRecord(self.tracking_uri, self.experiment, run_id, complete=False).write(run.out)
-        super().start(run)
+        if self.live:
+            super().start(run)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        if self.live:
+            super().log(step, metrics)
+
+    def artifact(self, path: Path) -> None:
+        if self.live:
+            super().artifact(path)
+
+    def close(self, status: str, summary: Mapping[str, Any]) -> dict[str, Any]:
+        return super().close(status, summary) if self.live else {}
 
     def open(self, run: RunInfo) -> dict[str, Any]:
         """Reach the store, create or continue the run, log params, dataset and what the run folder holds already."""

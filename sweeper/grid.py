@@ -1,0 +1,164 @@
+"""`python -m tuner -m ...`: a grid of trials, top to bottom.
+
+Hydra's own sweeper composes a point when its job begins, runs a point as often as it is named, and forgets what it
+found. Here every point is composed, checked and frozen before the first one runs; how the trials run is the launcher's
+affair, and what they found is read from their folders.
+"""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.plugins.launcher import Launcher
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, open_dict
+
+import tuner
+from sweeper import table, trial
+from sweeper.errors import SweepIncomplete
+from sweeper.folder import SweepFolder
+from sweeper.plan import Trial, trials_of
+from sweeper.results import Row, rows_of, write_results
+from sweeper.tracking import MlflowSweep, NoTracking, Tracking, settings_of
+from sweeper.watch import Watch
+from tuner.errors import ConfigError, Interrupted, TunerError
+
+
+class GridSweeper(Sweeper):
+    """Runs every combination of the values that words give with commas."""
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """The task is replaced by one that runs a frozen folder; of the given one only its `switches` are read."""
+        self.context = hydra_context
+        self.master = config
+        self.switches: list[str] = list(getattr(task_function, "switches", []))
+        self.launcher: Launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=trial.run_submitted, config=config
+        )
+
+    def sweep(self, arguments: list[str]) -> list[Sequence[JobReturn]]:
+        """Plan, submit, watch, collect, compare.
+
+        Args:
+            arguments: the words without Hydra's own.
+
+        Raises:
+            ConfigError: a word of any point is wrong, before anything is written.
+            SweepIncomplete: not every point finished; what did is kept and was shown.
+            Interrupted: by Ctrl-C; the trials that ran have saved.
+        """
+        folder = SweepFolder(Path(self.master.hydra.sweep.dir).absolute())
+        asked = trials_of(arguments, self.context.config_loader, self.compose)
+        illegal = [one for one in asked if one.illegal is not None]
+        if illegal and self.master.sweep.on_illegal == "refuse":
+            raise ConfigError([f"{one.name}: {one.illegal}" for one in illegal])
+        objective = str(asked[0].config.train.objective)
+        with folder.held():
+            entries = folder.record([*self.switches, *arguments], objective, asked)
+            due = [one for one in asked if one.illegal is None and self.is_due(folder.out(one.id))]
+            say(f"{len(asked)} trials, {len(due)} to run, {len(illegal)} illegal; folder {folder.path}")
+            returns: list[Sequence[JobReturn]] = []
+            interrupt: KeyboardInterrupt | None = None
+            if due:
+                tracking = self.tracking(folder, asked, due)
+                outs = [self.prepared(folder, one, tracking) for one in due]
+                try:
+                    with Watch(list(zip(due, outs, strict=True)), tracking, say):
+                        returns = [self.launch(folder, due)]
+                except KeyboardInterrupt as error:
+                    interrupt = error
+            rows = rows_of(folder, entries, objective)
+            results = write_results(rows, folder)
+            if due:
+                self.close(tracking, rows)
+        table.show(rows, results, objective, self.switches)
+        self.raise_unless_done(rows, {one.id for one in asked}, folder, interrupt)
+        return returns
+
+    def compose(self, words: Sequence[str]) -> DictConfig:
+        """The configuration of one point."""
+        config = self.context.config_loader.load_sweep_config(self.master, list(words))
+        with open_dict(config):
+            del config["hydra"]
+        return config
+
+    def is_due(self, out: Path) -> bool:
+        """Whether a trial is to be run; what an earlier attempt left is taken away if it is run from the beginning."""
+        rerun = self.master.sweep.rerun
+        summary = trial.summary_of(out)
+        if summary is None or summary["status"] == "stopped":
+            return True
+        if rerun == "all":
+            shutil.rmtree(out)
+        elif rerun == "failed" and summary["status"] == "failed":
+            (out / trial.SUMMARY).unlink()
+        else:
+            return False
+        return True
+
+    def tracking(self, folder: SweepFolder, asked: Sequence[Trial], due: Sequence[Trial]) -> Tracking:
+        """MLflow where the trials log there and it can be reached; a store that is away stops no trial."""
+        settings = settings_of([tuner.freeze(one.config) for one in due])
+        if settings is None:
+            return NoTracking()
+        in_this_process = str(self.master.hydra.launcher._target_).startswith("hydra._internal.")
+        try:
+            return MlflowSweep(folder, asked, settings, in_this_process)
+        except TunerError as error:
+            say(f"warning: MLflow: {error}; the trials run, each for itself")
+            return NoTracking()
+
+    def prepared(self, folder: SweepFolder, one: Trial, tracking: Tracking) -> Path:
+        """The trial's run folder with its configuration as it is now, whatever is edited before the trial begins."""
+        out = folder.out(one.id)
+        config = one.config.copy()
+        config.out = str(out)
+        tracking.address(one, config)
+        if config.train.num_threads is None:
+            config.train.num_threads = getattr(self.launcher, "cpus_of_each", None)
+        trial.prepare(out, tuner.freeze(config), [*self.switches, *one.words])
+        return out
+
+    def launch(self, folder: SweepFolder, due: Sequence[Trial]) -> Sequence[JobReturn]:
+        """Hand the trials to the launcher; one that died without a summary gets one."""
+        place = f"hydra.sweep.dir='{folder.path}'"
+        returns = self.launcher.launch([[*one.words, place, f"hydra.sweep.subdir={one.id}"] for one in due], 0)
+        for one, job in zip(due, returns, strict=True):
+            if job.status is JobStatus.FAILED:
+                error = job._return_value
+                notes = "; ".join([str(error) or type(error).__name__, *getattr(error, "__notes__", [])])
+                trial.record_death(folder.out(one.id), notes)
+        return returns
+
+    def close(self, tracking: Tracking, rows: Sequence[Row]) -> None:
+        try:
+            tracking.close(rows)
+        except TunerError as error:
+            say(f"warning: MLflow: {error}")
+
+    def raise_unless_done(
+        self, rows: Sequence[Row], asked: set[str], folder: SweepFolder, interrupt: KeyboardInterrupt | None
+    ) -> None:
+        """The exit code of a sweep: 0 only if every point that was asked for finished."""
+        task, hydra = self.master.hydra.overrides.task, self.master.hydra.overrides.hydra
+        words = [word for word in [*self.switches, *task, *hydra] if not word.startswith("hydra.sweep.dir=")]
+        words = [word for word in words if not word.startswith("hydra.mode=")]
+        again = shlex.join(["python", "-m", "tuner", "-m", *words, f"hydra.sweep.dir={folder.path}"])
+        if interrupt is not None:
+            raise Interrupted(f"the sweep was interrupted\ncontinue: {again}") from interrupt
+        missing = [row for row in rows if row.entry.id in asked and row.status != "finished"]
+        if missing:
+            kinds = ", ".join(f"{row.entry.id} {row.status}" for row in missing)
+            failed = any(row.status == "failed" for row in missing)
+            remedy = f"\nagain: {again} sweep.rerun=failed" if failed else ""
+            raise SweepIncomplete(f"{len(missing)} of {len(asked)} trials did not finish: {kinds}{remedy}")
+
+
+def say(line: str) -> None:
+    print(line, flush=True)

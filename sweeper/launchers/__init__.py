@@ -1,0 +1,1 @@
+"""Launchers: plain Hydra launchers over submitit, which know nothing of training runs."""

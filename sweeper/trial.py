@@ -1,0 +1,94 @@
+"""One trial: a run folder whose configuration was frozen when the sweep was submitted, and the run in it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+import tuner
+from tuner.errors import Interrupted, TunerError
+from tuner.types import Summary
+
+CONFIG = "config.yaml"
+OVERRIDES = "overrides.yaml"
+SUMMARY = "summary.json"
+
+
+def prepare(out: Path, config: DictConfig, words: Sequence[str]) -> None:
+    """Make the run folder with its frozen configuration; one that is there already is left as it is."""
+    if not (out / CONFIG).exists():
+        out.mkdir(parents=True, exist_ok=True)
+        (out / OVERRIDES).write_text(yaml.safe_dump(list(words), allow_unicode=True), encoding="utf-8")
+        unfinished = out / f".{CONFIG}"
+        OmegaConf.save(config, unfinished)
+        unfinished.replace(out / CONFIG)
+
+
+def command(out: Path) -> str:
+    """What runs this trial alone, in a terminal."""
+    return shlex.join(["python", "-m", "sweeper", "trial", str(out)])
+
+
+def run_submitted(config: DictConfig) -> float | None:
+    """The task that launchers run: the trial of Hydra's output folder. What it was composed of is not looked at.
+
+    Returns:
+        Its objective.
+
+    Raises:
+        KeyboardInterrupt: it was told to stop and has saved; no further trial is to begin in this process.
+    """
+    try:
+        return run_trial(Path(HydraConfig.get().runtime.output_dir)).objective
+    except Interrupted as stopped:
+        raise KeyboardInterrupt(str(stopped)) from stopped
+
+
+def run_trial(out: Path) -> Summary:
+    """Run or continue what stands in `out`, and leave a summary whatever happens.
+
+    Raises:
+        TunerError: as `tuner.run`.
+    """
+    config = OmegaConf.load(out / CONFIG)
+    assert isinstance(config, DictConfig)
+    words = yaml.safe_load((out / OVERRIDES).read_text(encoding="utf-8"))
+    print(f"trial {out.name}: {shlex.join(words)}\nalone: {command(out)}", flush=True)
+    try:
+        return tuner.run(config, words)
+    except Interrupted:
+        raise
+    except Exception as error:
+        if isinstance(error, TunerError):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        else:
+            traceback.print_exc()
+        record_death(out, f"{type(error).__name__}: {error}")
+        raise
+
+
+def record_death(out: Path, reason: str, status: str = "failed") -> None:
+    """Write the `summary.json` of a run that could not do so itself; one that is there is left as it is."""
+    if not (out / SUMMARY).exists():
+        out.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(asdict(Summary(status, str(out), reason=reason)), indent=2)
+        (out / SUMMARY).write_text(text + "\n", encoding="utf-8")
+
+
+def summary_of(out: Path) -> dict[str, Any] | None:
+    """`summary.json` of a run folder; None before there is one."""
+    try:
+        summary: dict[str, Any] = json.loads((out / SUMMARY).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    return summary
