@@ -29,4 +29,4 @@ class JobDied(Exception):
         self.log = log
 
     def __str__(self) -> str:
-        return f"{self.reason}; log: {self.log}" if self.log else self.reason
+        return self.reason

@@ -14,8 +14,6 @@ from sweeper.plan import Trial
 from tuner.errors import ConfigError
 
 SWEEP = "sweep.json"
-JOBS = ".submitit"
-"""Where launchers keep what they pickle and what jobs print."""
 
 
 @dataclass(frozen=True)

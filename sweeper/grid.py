@@ -37,6 +37,7 @@ class GridSweeper(Sweeper):
         """The task is replaced by one that runs a frozen folder; of the given one only its `switches` are read."""
         self.context = hydra_context
         self.master = config
+        self.logs: dict[str, list[str]] = {}  # of trials that failed: what launchers note on their errors
         self.switches: list[str] = list(getattr(task_function, "switches", []))
         self.launcher: Launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=trial.run_submitted, config=config
@@ -77,7 +78,7 @@ class GridSweeper(Sweeper):
             results = write_results(rows, folder)
             if due:
                 self.close(tracking, rows)
-        table.show(rows, results, objective, self.switches)
+        table.show(rows, results, objective, self.switches, self.logs)
         self.raise_unless_done(rows, {one.id for one in asked}, folder, interrupt)
         return returns
 
@@ -132,8 +133,8 @@ class GridSweeper(Sweeper):
         for one, job in zip(due, returns, strict=True):
             if job.status is JobStatus.FAILED:
                 error = job._return_value
-                notes = "; ".join([str(error) or type(error).__name__, *getattr(error, "__notes__", [])])
-                trial.record_death(folder.out(one.id), notes)
+                trial.record_death(folder.out(one.id), str(error) or type(error).__name__)
+                self.logs[one.id] = [*getattr(error, "__notes__", [])]
         return returns
 
     def close(self, tracking: Tracking, rows: Sequence[Row]) -> None:
@@ -156,8 +157,9 @@ class GridSweeper(Sweeper):
         if missing:
             kinds = ", ".join(f"{row.entry.id} {row.status}" for row in missing)
             failed = any(row.status == "failed" for row in missing)
-            remedy = f"\nagain: {again} sweep.rerun=failed" if failed else ""
-            raise SweepIncomplete(f"{len(missing)} of {len(asked)} trials did not finish: {kinds}{remedy}")
+            if failed:
+                say(f"again    {again} sweep.rerun=failed")
+            raise SweepIncomplete(f"{len(missing)} of {len(asked)} trials did not finish: {kinds}")
 
 
 def say(line: str) -> None:

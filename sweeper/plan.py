@@ -63,7 +63,7 @@ def trials_of(words: Sequence[str], loader: ConfigLoader, compose: Compose) -> l
         ConfigError: every key and value of any point that is wrong in itself, all together. A combination that cannot
             work is a trial with `illegal` set.
     """
-    overrides = OverridesParser.create(config_loader=loader).parse_overrides(list(words))
+    overrides = OverridesParser.create(config_loader=loader).parse_overrides([*filter(_is_of_a_run, words)])
     axes = [_choices(override) for override in overrides]
     swept = [index for index, override in enumerate(overrides) if override.is_sweep_override()]
     trials: dict[str, Trial] = {}
@@ -79,6 +79,10 @@ def trials_of(words: Sequence[str], loader: ConfigLoader, compose: Compose) -> l
     if problems:
         raise ConfigError(problems)
     return list(trials.values())
+
+
+def _is_of_a_run(word: str) -> bool:
+    return not word.startswith("sweep.")
 
 
 def _choices(override: Override) -> list[str]:

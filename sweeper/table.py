@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from sweeper.plan import swept_keys
@@ -14,8 +14,18 @@ WIDTH = 160
 """Of the table where stdout is no terminal."""
 
 
-def show(rows: Sequence[Row], results: Path, objective: str, switches: Sequence[str]) -> None:
-    """Print the comparison, why trials did not finish, and the command of the best one."""
+def show(
+    rows: Sequence[Row], results: Path, objective: str, switches: Sequence[str], logs: Mapping[str, Sequence[str]]
+) -> None:
+    """Print the comparison, why trials did not finish, and the command of the best one.
+
+    Args:
+        rows: in the order to be shown.
+        results: where they are written.
+        objective: what they are compared by.
+        switches: of the command line, as `--config-dir=...`.
+        logs: lines that say more of a trial that failed, by its id.
+    """
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -41,8 +51,9 @@ def show(rows: Sequence[Row], results: Path, objective: str, switches: Sequence[
     for row in rows:
         if row.status not in ("finished", "pending"):
             print(f"{row.status}  {row.entry.id}  {row.reason or ''}".rstrip())
-            if (row.out / "run.log").exists():
-                print(f"        log {row.out / 'run.log'}")
+            own = [f"log {row.out / 'run.log'}"] if (row.out / "run.log").exists() else []
+            for line in [*own, *logs.get(row.entry.id, [])]:
+                print(f"         {line}")
     print(f"\nresults  {results}")
     best = best_of(rows)
     if best is not None:

@@ -100,8 +100,10 @@ def result_in(paths: Any) -> JobReturn | JobDied | None:
     return JobDied(str(value).strip().splitlines()[-1], str(paths.stderr))
 
 
-def failed(config: DictConfig, error: Exception) -> JobReturn:
+def failed(config: DictConfig, error: JobDied) -> JobReturn:
     """The return of a job that could not make its own."""
+    if error.log is not None:
+        error.add_note(f"log {error.log}")
     result = JobReturn()
     result.overrides = filter_overrides(OmegaConf.to_container(config.hydra.overrides.task))  # type: ignore[arg-type]
     result.status = JobStatus.FAILED

@@ -29,6 +29,11 @@ GROUPS = {
     "logger": "logging",
 }
 MEMBERS = [(group, name) for group in GROUPS for name in options().get(group, {})]
+PLUGINS = {
+    "hydra/launcher": {"local": "LocalLauncher", "slurm": "SlurmLauncher"},
+    "hydra/sweeper": {"grid": "GridSweeper"},
+}
+"""Of a sweep: Hydra finds these in one module of ours, and has members of its own beside them."""
 FILES = sorted(conf_dir().rglob("*.yaml"))
 FREE = {("optimizer", "custom")}
 """Members whose class the user names."""
@@ -45,7 +50,8 @@ def named() -> list[tuple[str, str]]:
 
 
 def test_every_group_was_found() -> None:
-    assert set(options()) - {"experiment", "scale"} == set(GROUPS)
+    assert set(options()) - {"experiment", "scale"} == {*GROUPS, *PLUGINS}
+    assert {group: set(options()[group]) for group in PLUGINS} == {group: set(PLUGINS[group]) for group in PLUGINS}
     assert len(MEMBERS) >= 30
     assert len(named()) >= 24
     assert set(GROUPS.values()) <= set(COMPONENTS)
@@ -68,10 +74,20 @@ def test_keys_equal_the_signature_and_have_no_default_in_python(group: str, name
     assert not run_time or content.get("_partial_") is True, "arguments that no key gives need _partial_"
 
 
+@pytest.mark.parametrize(("group", "name"), [(g, n) for g, members in PLUGINS.items() for n in members], ids="/".join)
+def test_a_plugin_names_its_class_and_all_its_keys(group: str, name: str) -> None:
+    content = read(options()[group][name])
+    assert content["_target_"] == f"hydra_plugins.tuner_sweeper.{PLUGINS[group][name]}"
+    signature = signature_of(content["_target_"])
+    assert content.keys() - {"_target_"} == signature.keys.keys()
+    assert not any(kind.run_time for kind in signature.keys.values())
+    assert not signature.defaults
+
+
 @pytest.mark.parametrize(("group", "name"), [pair for pair in MEMBERS if pair not in FREE], ids="/".join)
 def test_composes_into_a_run_without_problems(group: str, name: str) -> None:
     config = plain(compose([f"{group}={name}"]))
-    assert [problem for problem in problems_of(config) if "needs a value" not in problem] == []
+    assert [problem for problem in problems_of(config) if "needs a value" not in problem.sentence] == []
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.relative_to(conf_dir()).as_posix())
@@ -94,7 +110,9 @@ def test_settings_equal_the_primary_configuration(verb: Any) -> None:
 
 
 def test_train_settings_equal_the_primary_configuration() -> None:
-    assert set(read(conf_dir() / "config.yaml")["train"]) == set(signature_of("tuner.settings.Train").keys)
+    content = read(conf_dir() / "config.yaml")
+    assert set(content["train"]) == set(signature_of("tuner.settings.Train").keys)
+    assert set(content["sweep"]) == set(signature_of("tuner.settings.Sweep").keys)
 
 
 @pytest.mark.parametrize("name", VERBS)

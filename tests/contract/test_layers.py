@@ -11,16 +11,20 @@ import pytest
 import tuner
 from tuner.config.checking import COMPONENTS
 
-ROOT = Path(tuner.__file__).parent
+ROOT = Path(tuner.__file__).parents[1]
 MODULES = {
-    ".".join(["tuner", *file.relative_to(ROOT).with_suffix("").parts]).removesuffix(".__init__"): file
-    for file in sorted(ROOT.rglob("*.py"))
+    ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file
+    for package in ("tuner", "sweeper", "hydra_plugins")
+    for file in sorted((ROOT / package).rglob("*.py"))
 }
 BOTTOM = {"tuner.types", "tuner.errors", "tuner.quiet"}
-COMPOSERS = ("tuner.config", "tuner.verbs", "tuner.train", "tuner.build")
+COMPOSERS = ("tuner.config", "tuner.verbs", "tuner.train", "tuner.build", "sweeper")
 """Modules that may know Hydra and OmegaConf."""
 
-HEAVY = {"mlflow", "bitsandbytes", "wandb", "gguf", "rich", "pyarrow", "transformers", "peft", "tensorboard"}
+FOR_SWEEPS = {"tuner", "tuner.config", "tuner.errors", "tuner.types", "tuner.tracking", "tuner.__main__"}
+"""What `sweeper` may know of `tuner`: the public functions and records, and how commands end."""
+
+HEAVY = {"mlflow", "submitit", "cloudpickle", "bitsandbytes", "wandb", "gguf", "rich", "pyarrow", "transformers", "peft", "tensorboard"}
 LIGHT = {"tuner", "tuner.__main__", "tuner.types", "tuner.errors", "tuner.settings", "tuner.quiet"}
 """Modules that must cost nothing to import."""
 
@@ -56,7 +60,9 @@ def of(packages: tuple[str, ...], module: str) -> bool:
 
 
 def components() -> list[str]:
-    return [module for module in MODULES if len(module.split(".")) > 2 and module.split(".")[1] in COMPONENTS]
+    return [
+        name for name in MODULES if of(("tuner",), name) and name.count(".") > 1 and name.split(".")[1] in COMPONENTS
+    ]
 
 
 def test_all_modules_were_found() -> None:
@@ -85,6 +91,23 @@ def test_the_configuration_check_knows_no_component() -> None:
         assert {name for name in known if not of(("tuner.config",), name)} <= BOTTOM
 
 
+@pytest.mark.parametrize("module", [name for name in MODULES if of(("sweeper", "hydra_plugins"), name)])
+def test_sweeps_are_built_on_what_is_public(module: str) -> None:
+    known = {name for name in imports(module, functions=True) if of(("tuner",), name)}
+    assert {name if name in MODULES else name.rpartition(".")[0] for name in known} <= FOR_SWEEPS
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if of(("tuner",), name)])
+def test_a_run_knows_nothing_of_sweeps(module: str) -> None:
+    assert not {name for name in imports(module, functions=True) if of(("sweeper", "hydra_plugins"), name)}
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if of(("sweeper.launchers",), name)])
+def test_a_launcher_knows_nothing_of_trials(module: str) -> None:
+    known = {name for name in imports(module, functions=True) if of(("sweeper",), name)}
+    assert {name for name in known if not of(("sweeper.launchers",), name)} <= {"sweeper.errors"}
+
+
 @pytest.mark.parametrize("module", MODULES)
 def test_only_what_composes_knows_hydra(module: str) -> None:
     if not of(COMPOSERS, module):
@@ -96,7 +119,9 @@ def test_heavy_libraries_are_imported_where_they_are_used(module: str) -> None:
     assert not {name.split(".")[0] for name in imports(module, functions=False)} & HEAVY
 
 
-@pytest.mark.parametrize("module", sorted(LIGHT | {name for name in MODULES if of(("tuner.config",), name)}))
+@pytest.mark.parametrize(
+    "module", sorted(LIGHT | {name for name in MODULES if of(("tuner.config", "sweeper", "hydra_plugins"), name)})
+)
 def test_no_torch_before_a_configuration_is_right(module: str) -> None:
     assert not {name.split(".")[0] for name in imports(module, functions=False)} & {"torch", "numpy"}
 

@@ -66,7 +66,8 @@ def installed(environment: Path) -> Command:
 
 def test_holds_the_package_with_its_configurations_and_nothing_else(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
-    modules = {file.relative_to(CHECKOUT).as_posix() for file in (CHECKOUT / "tuner").rglob("*.py")}
+    packages = ("tuner", "sweeper", "hydra_plugins")
+    modules = {file.relative_to(CHECKOUT).as_posix() for name in packages for file in (CHECKOUT / name).rglob("*.py")}
     configurations = {f"tuner/conf/{file.relative_to(conf_dir()).as_posix()}" for file in conf_dir().rglob("*.yaml")}
     assert len(configurations) > 30
     assert {name for name in names if ".dist-info/" not in name} == modules | configurations

@@ -7,8 +7,8 @@ from pathlib import Path
 from tuner.config import conf_dir
 from tuner.errors import ConfigError, nearest
 
-NOT_CHOSEN = ("verb", "hydra")
-"""Folders of `conf` that are no groups of a run."""
+NOT_CHOSEN = ("verb",)
+"""Folders of `conf` that are no groups of a run or a sweep."""
 
 
 def ls(group: str | None = None) -> str:
