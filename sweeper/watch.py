@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from sweeper.plan import Trial
 from sweeper.tracking import Tracking
@@ -41,7 +42,7 @@ class Watch:
         """Wait until the folders of all that ended are published."""
         self._end.set()
         self._thread.join()
-        self._look(publish_all=True)
+        self._look(publish_all=True, last=True)
         if self._problem is not None:
             self._say(f"warning: MLflow: {self._problem}")
 
@@ -53,15 +54,19 @@ class Watch:
             waited_s = 0.0 if publish else waited_s
             self._look(publish)
 
-    def _look(self, publish_all: bool) -> None:
+    def _look(self, publish_all: bool, last: bool = False) -> None:
         for index in list(self._open):
             trial, out = self._trials[index]
             summary = summary_of(out)
-            if summary is not None:
+            # One that was preempted has stopped too, and goes on later.
+            ended = summary is not None and (last or summary["status"] != "stopped")
+            if summary is not None and ended:
                 del self._open[index]
-                number = f"[{len(self._trials) - len(self._open)}/{len(self._trials)}]"
-                objective = "" if summary["objective"] is None else f"objective {float(summary['objective']):.4g}"
-                took = f"{summary['seconds']:.1f} s"
-                self._say("  ".join([number, trial.id, summary["status"], objective, took, trial.name]))
-            if summary is not None or publish_all:
+                self._say(self._line(trial, summary))
+            if ended or publish_all:
                 self._problem = self._tracking.publish(out) or self._problem
+
+    def _line(self, trial: Trial, summary: Mapping[str, Any]) -> str:
+        number = f"[{len(self._trials) - len(self._open)}/{len(self._trials)}]"
+        objective = "" if summary["objective"] is None else f"objective {float(summary['objective']):.4g}"
+        return "  ".join([number, trial.id, summary["status"], objective, f"{summary['seconds']:.1f} s", trial.name])

@@ -54,16 +54,25 @@ class Job:
                 hydra_context=self.context,
             )
         except KeyboardInterrupt as stopped:
-            result = failed(self.config, JobDied(str(stopped) or "interrupted"))
+            result = self.interrupted(stopped)
         if result.status is JobStatus.FAILED:
             error = _picklable(result._return_value)
             error.add_note(f"log {JobEnvironment().paths.stderr}")
             result._return_value = error
         return result
 
+    def interrupted(self, stopped: KeyboardInterrupt) -> JobReturn:
+        """What a job returns that was told to stop."""
+        return failed(self.config, JobDied(str(stopped) or "interrupted"))
+
 
 def jobs_of(
-    context: HydraContext, task: TaskFunction, config: DictConfig, job_overrides: Sequence[Sequence[str]], first: int
+    kind: type[Job],
+    context: HydraContext,
+    task: TaskFunction,
+    config: DictConfig,
+    job_overrides: Sequence[Sequence[str]],
+    first: int,
 ) -> list[Job]:
     """Every job with its configuration as it composes now."""
     setup_globals()
@@ -73,7 +82,7 @@ def jobs_of(
         with open_dict(composed):
             composed.hydra.job.id = f"job_{index}"
             composed.hydra.job.num = index
-        jobs.append(Job(context, task, composed, Singleton.get_state()))
+        jobs.append(kind(context, task, composed, Singleton.get_state()))
     return jobs
 
 

@@ -80,7 +80,7 @@ class LocalLauncher(Launcher):
             KeyboardInterrupt: after the running ones were told to stop and have ended.
         """
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
-        jobs = jobs_of(self.context, self.task, self.config, job_overrides, initial_job_idx)
+        jobs = jobs_of(Job, self.context, self.task, self.config, job_overrides, initial_job_idx)
         waiting, places = deque(enumerate(jobs)), deque(self.places)
         running: list[_Running] = []
         returns: dict[int, JobReturn] = {}

@@ -20,7 +20,7 @@ from omegaconf import DictConfig
 
 from sweeper.errors import JobDied, SubmissionRefused
 from sweeper.launchers.jobs import Job, failed, import_path, job_folder, jobs_of, result_in
-from sweeper.launchers.slurm_queue import QueueState, cancel, queue_states
+from sweeper.launchers.slurm_queue import QueueState, cancel, preempted_here, queue_states, start_again
 from tuner.errors import ConfigError
 from tuner.types import NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -31,6 +31,17 @@ LOST_S = 60.0
 """How long a job may be missing from the queue, without a result, before it is given up."""
 PATIENCE_S = 60.0
 """How long cancelled jobs may take to end."""
+
+
+class SlurmJob(Job):
+    """A job that goes on in the same folder after another one has taken its node."""
+
+    def interrupted(self, stopped: KeyboardInterrupt) -> JobReturn:
+        """Leaves no result if SLURM starts it again."""
+        if preempted_here():
+            print("preempted; SLURM starts this job again", file=sys.stderr, flush=True)
+            start_again()
+        return super().interrupted(stopped)
 
 
 @dataclass
@@ -115,7 +126,7 @@ class SlurmLauncher(Launcher):
             KeyboardInterrupt: after the jobs were cancelled and have saved.
         """
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
-        jobs = jobs_of(self.context, self.task, self.config, job_overrides, initial_job_idx)
+        jobs = jobs_of(SlurmJob, self.context, self.task, self.config, job_overrides, initial_job_idx)
         submitted = self._submit(jobs)
         returns: dict[int, JobReturn] = {}
         asked = 0.0

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+
+from sweeper.errors import JobDied
 
 ENDED = {
     "BOOT_FAIL",
@@ -21,6 +25,8 @@ ENDED = {
 
 ASK_S = 30.0
 """How long the controller may take to answer."""
+KILL_S = 900.0
+"""How long a job that is preempted may wait for its end: partitions give up to minutes of grace."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,32 @@ def queue_states() -> dict[str, QueueState] | None:
         return None
     fields = [line.split("|", 2) for line in asked.stdout.splitlines() if line.count("|") >= 2]
     return {job.strip(): QueueState(name.strip(), reason.strip()) for job, name, reason in fields}
+
+
+def preempted_here() -> bool:
+    """Whether SLURM takes this process's job off its node for another one, asked within the job.
+
+    While the grace time of its partition lasts the controller shows when that began; without grace time it has put the
+    job back into the queue already, and counts one start more than this one. Neither is so at a job's time limit or
+    when somebody cancels it.
+    """
+    command = ["scontrol", "--oneliner", "show", "job", os.environ["SLURM_JOB_ID"]]
+    asked = subprocess.run(command, capture_output=True, text=True, check=False, timeout=ASK_S)
+    fields = dict(word.split("=", 1) for word in asked.stdout.split() if "=" in word)
+    again = int(fields.get("Restarts", 0)) > int(os.environ.get("SLURM_RESTART_COUNT", 0))
+    return again or fields.get("PreemptTime", "None") not in ("None", "Unknown")
+
+
+def start_again() -> None:
+    """Put this process's job back into the queue; SLURM then kills it, so nothing comes after this.
+
+    Raises:
+        JobDied: it was not killed.
+    """
+    # Without grace time it is in the queue already, which is an error of the command and none of ours.
+    subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=False, timeout=ASK_S)
+    time.sleep(KILL_S)
+    raise JobDied(f"SLURM preempted job {os.environ['SLURM_JOB_ID']} and neither killed it nor started it again")
 
 
 def cancel(jobs: Iterable[str]) -> None:
