@@ -87,10 +87,8 @@ def jobs_of(
 
 
 def job_folder(config: DictConfig) -> Path:
-    """Where submitit keeps its files for this sweep, a folder a job; the sweep folder is made."""
-    folder = Path(str(config.hydra.sweep.dir)).absolute()
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder / FOLDER / "%j"
+    """Where submitit keeps its files for this sweep, a folder a job."""
+    return Path(str(config.hydra.sweep.dir)).absolute() / FOLDER / "%j"
 
 
 def result_in(paths: Any) -> JobReturn | JobDied | None:

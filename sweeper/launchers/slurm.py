@@ -20,7 +20,7 @@ from omegaconf import DictConfig
 
 from sweeper.errors import JobDied, SubmissionRefused
 from sweeper.launchers.jobs import Job, failed, import_path, job_folder, jobs_of, result_in
-from sweeper.launchers.slurm_queue import QueueState, cancel, preempted_here, queue_states, start_again
+from sweeper.launchers.slurm_queue import QueueState, cancel, preempted_here, queue_states, refusal, start_again
 from tuner.errors import ConfigError
 from tuner.types import NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -116,7 +116,14 @@ class SlurmLauncher(Launcher):
         }
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Also asks SLURM whether it would take such a job, so that nothing is written for one that it refuses.
+
+        Raises:
+            SubmissionRefused: in SLURM's words.
+        """
         self.context, self.task, self.config = hydra_context, task_function, config
+        if problem := refusal(self._executor()._make_submission_file_text("true", "")):
+            raise SubmissionRefused(f"hydra/launcher=slurm: {problem}")
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Submit all as one array and wait; one that fails or dies costs the others nothing.
@@ -144,12 +151,18 @@ class SlurmLauncher(Launcher):
             raise
         return [returns[index] for index in range(len(submitted))]
 
-    def _submit(self, jobs: Sequence[Job]) -> list[_Submitted]:
+    def _executor(self) -> Any:
         from submitit import SlurmExecutor
-        from submitit.core.utils import FailedJobError
 
         executor = SlurmExecutor(job_folder(self.config), max_num_timeout=0)
-        executor.update_parameters(**self.parameters, array_parallelism=self.max_parallel or len(jobs))
+        executor.update_parameters(**self.parameters)
+        return executor
+
+    def _submit(self, jobs: Sequence[Job]) -> list[_Submitted]:
+        from submitit.core.utils import FailedJobError
+
+        executor = self._executor()
+        executor.update_parameters(array_parallelism=self.max_parallel or len(jobs))
         try:
             with executor.batch():
                 submitted = [executor.submit(job) for job in jobs]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -39,6 +40,16 @@ class QueueState:
     @property
     def ended(self) -> bool:
         return self.name in ENDED
+
+
+def refusal(script: str) -> str | None:
+    """Why SLURM would not take a batch script, in its own words; None if it would. Nothing is submitted."""
+    with tempfile.NamedTemporaryFile("w", suffix=".sh", encoding="utf-8") as file:
+        file.write(script)
+        file.flush()
+        command = ["sbatch", "--test-only", file.name]
+        asked = subprocess.run(command, capture_output=True, text=True, check=False, timeout=ASK_S)
+    return None if asked.returncode == 0 else "; ".join(asked.stderr.strip().splitlines())
 
 
 def queue_states() -> dict[str, QueueState] | None:
