@@ -6,10 +6,19 @@ VENV ?= .venv
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 RUN = $(VENV)/bin/python -m
 
-.PHONY: demo test lint clean
+.PHONY: demo slurm-demo slurm-found test lint clean
 
 demo: $(VENV)/demo.installed
 	$(RUN) tuner peft=qlora precision=bf16
+
+# A sweep as jobs of a SLURM cluster that lives on this machine for as long. Needs root and Debian's slurm-wlm and munge.
+slurm-demo: slurm-found $(VENV)/demo.installed
+	$(VENV)/bin/python tests/slurm/cluster.py -- $(RUN) tuner -m hydra/launcher=slurm model=tiny peft=lora \
+		peft.lora_rank=2,4,8 optimizer=adamw,sgd train.max_steps=10 hydra.launcher.cpus=2
+
+# Takes a second, says what is missing before minutes go into an installation.
+slurm-found:
+	@$(PYTHON) tests/slurm/cluster.py true
 
 # CI=true runs the slow tests too, which take minutes.
 test: $(VENV)/dev.installed
