@@ -12,9 +12,11 @@ demo: $(VENV)/demo.installed
 	$(RUN) tuner peft=qlora precision=bf16
 
 # A sweep as jobs of a SLURM cluster that lives on this machine for as long. Needs root and Debian's slurm-wlm and munge.
+# Three trials at once, and passive, as threads that spin while they wait take the processors from other trials.
 slurm-demo: slurm-found $(VENV)/demo.installed
-	$(VENV)/bin/python tests/slurm/cluster.py -- $(RUN) tuner -m hydra/launcher=slurm model=tiny peft=lora \
-		peft.lora_rank=2,4,8 optimizer=adamw,sgd train.max_steps=10 hydra.launcher.cpus=2
+	OMP_WAIT_POLICY=passive $(VENV)/bin/python tests/slurm/cluster.py --nodes 3 --cpus 2 -- \
+		$(RUN) tuner -m hydra/launcher=slurm model=tiny peft=lora peft.lora_rank=2,4,8 optimizer=adamw,sgd \
+		train.max_steps=10 hydra.launcher.cpus=2
 
 # Takes a second, says what is missing before minutes go into an installation.
 slurm-found:
