@@ -35,12 +35,17 @@ def dispatch(words: list[str]) -> None:
 
 
 def trial(out: Path) -> None:
-    """Run one trial here, in the foreground."""
+    """Run one trial here, in the foreground; it reaches MLflow whoever was to bring it there."""
+    from sweeper.tracking import publish
     from sweeper.trial import CONFIG, run_trial
 
     if not (out / CONFIG).is_file():
         raise ConfigError(f"{out} is not a trial's folder: it has no {CONFIG}")
-    run_trial(out)
+    try:
+        run_trial(out)
+    finally:
+        if problem := publish(out):
+            print(f"warning: MLflow: {problem}", file=sys.stderr)
 
 
 def status(path: Path) -> None:

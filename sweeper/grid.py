@@ -8,7 +8,6 @@ affair, and what they found is read from their folders.
 from __future__ import annotations
 
 import shlex
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -96,7 +95,7 @@ class GridSweeper(Sweeper):
         if summary is None or summary["status"] == "stopped":
             return True
         if rerun == "all":
-            shutil.rmtree(out)
+            trial.clear(out)
         elif rerun == "failed" and summary["status"] == "failed":
             (out / trial.SUMMARY).unlink()
         else:
@@ -120,7 +119,8 @@ class GridSweeper(Sweeper):
         out = folder.out(one.id)
         config = one.config.copy()
         config.out = str(out)
-        tracking.address(one, config)
+        out.mkdir(parents=True, exist_ok=True)
+        tracking.address(one, config, out)
         if config.train.num_threads is None:
             config.train.num_threads = getattr(self.launcher, "cpus_of_each", None)
         trial.prepare(out, tuner.freeze(config), [*self.switches, *one.words])

@@ -22,8 +22,8 @@ from tuner.errors import TunerError
 class Tracking(Protocol):
     """Where trials are compared while and after they run."""
 
-    def address(self, trial: Trial, config: DictConfig) -> None:
-        """Write into the trial's configuration where it belongs."""
+    def address(self, trial: Trial, config: DictConfig, out: Path) -> None:
+        """Write into the trial's configuration and its run folder, which exists, where it belongs."""
 
     def publish(self, out: Path) -> str | None:
         """Bring a run folder there, if the trial does not do so itself; returns what went wrong, in a line."""
@@ -35,7 +35,7 @@ class Tracking(Protocol):
 class NoTracking:
     """For trials without MLflow."""
 
-    def address(self, trial: Trial, config: DictConfig) -> None: ...
+    def address(self, trial: Trial, config: DictConfig, out: Path) -> None: ...
 
     def publish(self, out: Path) -> str | None:
         return None
@@ -79,27 +79,25 @@ class MlflowSweep:
         except tracking.store_errors() as problem:
             raise TunerError(f"the store {tracking.without_password(uri)} cannot be used ({problem})") from problem
 
-    def address(self, trial: Trial, config: DictConfig) -> None:
+    def address(self, trial: Trial, config: DictConfig, out: Path) -> None:
+        from tuner.tracking import MlflowRecord
+
         for node in mlflow_loggers(config):
             node.parent_run_id = self._run.run_id
             node.run_name = node.run_name or trial.name or trial.id
             node.live = self.live
             node.tags = {**node.tags, **trial.values, "tuner.trial": trial.id}
+            if MlflowRecord.read(out) is None:  # also a trial that dies before it begins is a child
+                MlflowRecord(self._run.tracking_uri, self._run.experiment, None, complete=False).write(out)
 
     def publish(self, out: Path) -> str | None:
-        from tuner import tracking
-
-        if self.live or not (out / "environment.json").exists():  # it has not begun
-            return None
-        try:
-            tracking.sync(out)
-        except TunerError as error:
-            return f"{error}; `python -m tuner sync {out}` brings the trial into MLflow afterwards"
-        return None
+        return None if self.live else publish(out)
 
     def close(self, rows: Sequence[Row]) -> None:
         from tuner import tracking
 
+        for row in rows:
+            publish(row.out)  # one that died, was run alone since, or whose sweep was killed
         counts = Counter(row.status for row in rows)
         done = counts["finished"] == len(rows)
         best = best_of(rows)
@@ -113,6 +111,21 @@ class MlflowSweep:
                 self._run.end("finished" if done else "failed", summary, complete=True)
         except tracking.store_errors() as problem:
             raise TunerError(f"the end of the sweep did not reach MLflow ({problem})") from problem
+
+
+def publish(out: Path) -> str | None:
+    """Bring a run folder into the store it names, unless all of it is there; returns what went wrong, in a line."""
+    from tuner import tracking
+
+    record = tracking.MlflowRecord.read(out)
+    has_begun = (out / "environment.json").exists() or (out / "summary.json").exists()
+    if record is None or record.complete or not has_begun:
+        return None
+    try:
+        tracking.sync(out)
+    except TunerError as error:
+        return f"{error}; `python -m tuner sync {out}` brings the trial into MLflow afterwards"
+    return None
 
 
 def mlflow_loggers(config: DictConfig) -> Iterator[DictConfig]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import sys
 import traceback
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from tuner.types import Summary
 CONFIG = "config.yaml"
 OVERRIDES = "overrides.yaml"
 SUMMARY = "summary.json"
+MLFLOW = "mlflow.json"
 
 
 def prepare(out: Path, config: DictConfig, words: Sequence[str]) -> None:
@@ -32,6 +34,15 @@ def prepare(out: Path, config: DictConfig, words: Sequence[str]) -> None:
         unfinished = out / f".{CONFIG}"
         OmegaConf.save(config, unfinished)
         unfinished.replace(out / CONFIG)
+
+
+def clear(out: Path) -> None:
+    """Take away what a trial found; which MLflow run it is stays, so that it is one there however often it is run."""
+    for entry in out.iterdir():
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        elif entry.name != MLFLOW:
+            entry.unlink()
 
 
 def command(out: Path) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,8 +27,11 @@ from tuner.types import NonNegativeInt, PositiveFloat, PositiveInt
 LOOK_S = 0.2
 RESULT_S = 10.0
 """How long after a job's end its result may take to show on a network file system."""
-LOST_S = 60.0
-"""How long a job may be missing from the queue, without a result, before it is given up."""
+LOST_S = 30.0
+"""How long a job may be missing from the queue, without a result, before it is given up: a task of an array that is
+cancelled before it began vanishes at once."""
+USUAL = ("None", "Resources", "Priority", "BeginTime", "JobArrayTaskLimit")
+"""Why a job may wait without anybody having to do something about it."""
 PATIENCE_S = 60.0
 """How long cancelled jobs may take to end."""
 
@@ -137,11 +140,13 @@ class SlurmLauncher(Launcher):
         submitted = self._submit(jobs)
         returns: dict[int, JobReturn] = {}
         asked = 0.0
+        said: set[tuple[str, str]] = set()
         try:
             while len(returns) < len(submitted):
                 states = None
                 if time.monotonic() - asked >= self.poll_s:
                     states, asked = queue_states(), time.monotonic()
+                    _say_why_they_wait([one.submitit.job_id for one in submitted], states or {}, said)
                 for index, one in enumerate(submitted):
                     if index not in returns and (result := _end_of(one, states)) is not None:
                         returns[index] = result
@@ -171,6 +176,16 @@ class SlurmLauncher(Launcher):
             raise SubmissionRefused(f"hydra/launcher=slurm: {'; '.join(said)}") from error
         print(f"submitted to SLURM: {', '.join(one.job_id for one in submitted)}", flush=True)
         return [_Submitted(job, one) for job, one in zip(jobs, submitted, strict=True)]
+
+
+def _say_why_they_wait(ids: Sequence[str], states: Mapping[str, QueueState], said: set[tuple[str, str]]) -> None:
+    """A line the first time a job waits for something that may never come, as PartitionConfig or a held queue."""
+    for job in ids:
+        state = states.get(job)
+        if state is not None and state.name == "PENDING" and state.reason not in USUAL:
+            if (job, state.reason) not in said:
+                print(f"SLURM: job {job} waits: {state.reason}", flush=True)
+            said.add((job, state.reason))
 
 
 def _end_of(one: _Submitted, states: dict[str, QueueState] | None) -> JobReturn | None:

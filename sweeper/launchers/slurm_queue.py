@@ -26,6 +26,8 @@ ENDED = {
 
 ASK_S = 30.0
 """How long the controller may take to answer."""
+ASK_TIMES, ASK_AGAIN_S = 10, 0.5
+"""While a job ends, the controller now and then knows nothing of it."""
 KILL_S = 900.0
 """How long a job that is preempted may wait for its end: partitions give up to minutes of grace."""
 
@@ -68,18 +70,32 @@ def queue_states() -> dict[str, QueueState] | None:
     return {job.strip(): QueueState(name.strip(), reason.strip()) for job, name, reason in fields}
 
 
+def own_job() -> str:
+    """The id of the job this process is in. `SLURM_JOB_ID` of one task of an array is the id of the whole array."""
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{task}" if array and task else os.environ["SLURM_JOB_ID"]
+
+
 def preempted_here() -> bool:
     """Whether SLURM takes this process's job off its node for another one, asked within the job.
 
-    While the grace time of its partition lasts the controller shows when that began; without grace time it has put the
-    job back into the queue already, and counts one start more than this one. Neither is so at a job's time limit or
-    when somebody cancels it.
+    While the grace time of its partition lasts, the job is RUNNING and the controller shows when the preemption began;
+    after it, the job is in the queue already and counts one start more than this one. Neither is so at a job's time
+    limit or when somebody cancels it, and then it must not be started again, which `scontrol requeue` would do.
+
+    Raises:
+        JobDied: the controller says nothing.
     """
-    command = ["scontrol", "--oneliner", "show", "job", os.environ["SLURM_JOB_ID"]]
-    asked = subprocess.run(command, capture_output=True, text=True, check=False, timeout=ASK_S)
-    fields = dict(word.split("=", 1) for word in asked.stdout.split() if "=" in word)
-    again = int(fields.get("Restarts", 0)) > int(os.environ.get("SLURM_RESTART_COUNT", 0))
-    return again or fields.get("PreemptTime", "None") not in ("None", "Unknown")
+    for _ in range(ASK_TIMES):
+        command = ["scontrol", "--oneliner", "show", "job", own_job()]
+        asked = subprocess.run(command, capture_output=True, text=True, check=False, timeout=ASK_S)
+        fields = dict(word.split("=", 1) for word in asked.stdout.split() if "=" in word)
+        if "JobState" in fields:
+            again = int(fields.get("Restarts", 0)) > int(os.environ.get("SLURM_RESTART_COUNT", 0))
+            in_grace = fields["JobState"] in ("RUNNING", "SIGNALING") and fields.get("PreemptTime", "None") != "None"
+            return again or in_grace
+        time.sleep(ASK_AGAIN_S)
+    raise JobDied(f"told to stop, and SLURM does not say why of job {own_job()}: {asked.stderr.strip()}")
 
 
 def start_again() -> None:
@@ -88,10 +104,10 @@ def start_again() -> None:
     Raises:
         JobDied: it was not killed.
     """
-    # Without grace time it is in the queue already, which is an error of the command and none of ours.
-    subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=False, timeout=ASK_S)
+    # Once grace is over it is in the queue already, which is an error of the command and none of ours.
+    subprocess.run(["scontrol", "requeue", own_job()], capture_output=True, check=False, timeout=ASK_S)
     time.sleep(KILL_S)
-    raise JobDied(f"SLURM preempted job {os.environ['SLURM_JOB_ID']} and neither killed it nor started it again")
+    raise JobDied(f"SLURM preempted job {own_job()} and neither killed it nor started it again")
 
 
 def cancel(jobs: Iterable[str]) -> None:

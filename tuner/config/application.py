@@ -27,7 +27,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from tuner.config.checking import member_problems
-from tuner.config.composition import check, config_loader, freeze, load, without_hydra
+from tuner.config.composition import check, config_loader, freeze, load, plain, without_hydra
 from tuner.config.explaining import sentence
 from tuner.config.signatures import signature_of
 from tuner.errors import ConfigError, Interrupted, TunerError
@@ -145,7 +145,7 @@ class Application:
         if any(word.lstrip("+").startswith("out=") for word in words):
             raise ConfigError("out=... together with --multirun: every trial has its own; say hydra.sweep.dir=FOLDER")
         composed = load(hydra.config_loader, _first_point(words), self.config_name)
-        _check_plugins(composed.hydra)
+        _check_sweep(composed)
         try:
             hydra.multirun(self.config_name, _Point(self, switches), [*words, "hydra.mode=MULTIRUN"])
         except KeyboardInterrupt as interrupt:
@@ -174,17 +174,15 @@ class _Point:
             raise KeyboardInterrupt from stopped
 
 
-def _check_plugins(hydra: DictConfig) -> None:
-    """Every key of a launcher and sweeper of ours.
+def _check_sweep(composed: DictConfig) -> None:
+    """Every key of what is above the trials: of `sweep`, and of a launcher and sweeper of ours.
 
     Raises:
         ConfigError: all that are unknown or of a wrong kind.
     """
-    problems = []
+    problems = member_problems("sweep", plain(composed.sweep), "tuner.settings.Sweep")
     for name in ("launcher", "sweeper"):
-        node = OmegaConf.to_container(hydra[name], resolve=True)
-        assert isinstance(node, dict)
-        keys = {str(key): value for key, value in node.items()}
+        keys = plain(composed.hydra[name])
         if str(keys["_target_"]).startswith("hydra_plugins.tuner_sweeper."):
             problems += member_problems(f"hydra.{name}", keys, str(keys["_target_"]))
     if problems:

@@ -70,7 +70,9 @@ class MLflowLogger(BackgroundLogger):
         """Start the thread and note in `mlflow.json` where the run is meant to go."""
         record = MlflowRecord.read(run.out)
         # A run that was killed before its first checkpoint begins anew, and is still the one that MLflow shows running.
-        goes_on = record is not None and (run.resumed or not record.complete)
+        # And a trial that is run again is one child of its sweep, however often it began.
+        is_trial = self.parent_run_id is not None
+        goes_on = record is not None and (run.resumed or not record.complete or is_trial)
         same = record is not None and record.tracking_uri == self.tracking_uri
         run_id = record.run_id if record is not None and goes_on and same else None
         self._continues = run_id is not None

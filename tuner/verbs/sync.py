@@ -49,12 +49,15 @@ def sync(run_dir: str | Path) -> str:
 
 @dataclass(frozen=True)
 class _RunFolder:
-    """What a run folder says; `summary` is null where the run has not ended, `ended_s` since the epoch."""
+    """What a run folder says; `summary` is null where the run has not ended, `ended_s` since the epoch.
+
+    `dataset` is null where a run ended before it had one: a trial whose data could not be read.
+    """
 
     out: Path
     config: dict[str, Any]
     settings: dict[str, Any]
-    dataset: dict[str, Any]
+    dataset: dict[str, Any] | None
     rows: list[Row]
     started_s: float
     summary: dict[str, Any] | None
@@ -62,9 +65,11 @@ class _RunFolder:
 
 
 def _read(out: Path) -> _RunFolder:
-    for name in (CONFIG, ENVIRONMENT):
-        if not (out / name).exists():
-            raise TunerError(f"{out} is not a run folder: it has no {name}")
+    if not (out / CONFIG).exists():
+        raise TunerError(f"{out} is not a run folder: it has no {CONFIG}")
+    environment = out / ENVIRONMENT
+    if not environment.exists() and not (out / SUMMARY).exists():
+        raise TunerError(f"{out} is not a run folder: it has no {ENVIRONMENT}")
     config = yaml.safe_load((out / CONFIG).read_text(encoding="utf-8"))
     rows = read_metrics(out)
     summary = out / SUMMARY
@@ -72,7 +77,7 @@ def _read(out: Path) -> _RunFolder:
         out=out,
         config=config,
         settings=_settings(config["logger"]),
-        dataset=json.loads((out / ENVIRONMENT).read_text(encoding="utf-8"))["dataset"],
+        dataset=json.loads(environment.read_text(encoding="utf-8"))["dataset"] if environment.exists() else None,
         rows=rows,
         started_s=rows[0].time if rows else (out / CONFIG).stat().st_mtime,
         summary=json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else None,
@@ -94,7 +99,8 @@ def _replay(folder: _RunFolder, uri: str) -> tuple[str, int]:
         folder.started_s,
     )
     run.params(folder.config)
-    run.dataset(folder.dataset)
+    if folder.dataset is not None:
+        run.dataset(folder.dataset)
     new_values = run.metrics(folder.rows)
     for name in KEPT:
         if (folder.out / name).exists():
