@@ -22,9 +22,9 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """The first signal is remembered, so that the step is finished and saved; a second one stops at once.
+    """The first signal is remembered, so that the step is finished and saved; a second Ctrl-C stops at once.
 
-    Signals can only be caught in the main thread; elsewhere nothing is caught.
+    Schedulers repeat themselves: SLURM sends SIGTERM twice at a time limit. One that insists has SIGKILL. Signals can only be caught in the main thread; elsewhere nothing is caught.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
@@ -32,11 +32,13 @@ def stop_on_signals() -> Iterator[StopRequest]:
         return
 
     def on_signal(number: int, frame: FrameType | None) -> None:
-        if request.reason is not None:
+        if request.reason is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if request.reason is not None:
+            return
         request.reason = signal.Signals(number).name
         # Not print: a handler may run in the middle of one.
-        os.write(2, b"\nstopping: the step is finished and saved first; a second signal stops at once\n")
+        os.write(2, b"\nstopping: the step is finished and saved first; a second Ctrl-C stops at once\n")
 
     before: dict[int, Any] = {number: signal.signal(number, on_signal) for number in SIGNALS}
     try:

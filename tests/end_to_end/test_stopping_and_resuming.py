@@ -81,7 +81,7 @@ def test_ctrl_c_saves_and_the_printed_command_continues_bitwise(shell: Any, word
     assert 5 <= told["steps"] < STEPS
     assert saved.name == f"step-{told['steps']:08d}"
     blank, answer, first, second = done.err.splitlines()
-    assert (blank, answer) == ("", "stopping: the step is finished and saved first; a second signal stops at once")
+    assert (blank, answer) == ("", "stopping: the step is finished and saved first; a second Ctrl-C stops at once")
     assert first == f"stopped by SIGINT after step {told['steps']}, saved in {saved}"
     assert second.startswith("resume: python -m tuner model=tiny ")
     assert (told["status"], told["reason"]) == ("stopped", first)
@@ -102,7 +102,7 @@ def test_ctrl_c_saves_and_the_printed_command_continues_bitwise(shell: Any, word
 @pytest.mark.slow
 def test_a_schedulers_signal_is_like_ctrl_c(shell: Any, words: list[str], whole: str) -> None:
     process = shell.start(*words, "logger=none", "out=terminated")
-    done = shell.at_step(process, "terminated", 3, [signal.SIGTERM])
+    done = shell.at_step(process, "terminated", 3, [signal.SIGTERM] * 2)  # as SLURM does at a time limit
     assert done.code == 130
     assert "\nstopped by SIGTERM after step " in done.err
     assert shell.line(resume_line(done.err)).code == 0
