@@ -54,6 +54,18 @@ def sweep_in_mlflow(shell: Any, folder: Path, uri: str | None = None) -> tuple[A
     return parent, found
 
 
+def test_the_axes_of_the_readme(shell: Any) -> None:
+    """Methods, ranks, alphas and optimizers, all 24 of them."""
+    folder = shell.folder / "axes"
+    axes = ["peft=lora,qlora", "peft.lora_rank=4,8,16", "peft.lora_alpha=16,32", "optimizer=adamw,paged_adamw8bit"]
+    words = [*axes, "train.max_steps=2", "logger=none", f"hydra.sweep.dir={folder}"]
+    done = shell.inside("-m", *TINY, *shell.data, *words)
+    assert (done.code, done.err) == (0, "")
+    points = {tuple(row[axis.partition("=")[0]] for axis in axes) for row in results(folder)}
+    assert len(points) == len(results(folder)) == 24
+    assert {row["status"] for row in results(folder)} == {"finished"}
+
+
 @pytest.fixture(scope="module")
 def here(shell: Any) -> tuple[Any, Path]:
     """A sweep in this process: two ranks, one of them twice, one too large, and two optimizers."""
@@ -270,6 +282,8 @@ def test_mlflow_has_the_true_status_of_trials_that_could_not_tell_it(shell: Any,
     assert parent.info.status == "FAILED"
     assert sorted(run.info.status for run in children.values()) == ["FAILED"] * 4 + ["FINISHED"] * 2
     assert sum("not valid JSON" in run.data.tags.get("reason", "") for run in children.values()) == 3
+    configs = [yaml.safe_load(file.read_text()) for file in folder.glob("*/config.yaml")]
+    assert {config["logger"]["live"] for config in configs} == {False}  # a SQLite file has one writer, the sweep
 
 
 def test_a_process_prints_the_command_that_runs_its_trial_alone(shell: Any, broken: tuple[Any, Path]) -> None:
