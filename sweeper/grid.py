@@ -26,6 +26,7 @@ from sweeper.plan import Trial, trials_of
 from sweeper.results import Row, rows_of, write_results
 from sweeper.tracking import MlflowSweep, NoTracking, Tracking, settings_of
 from sweeper.watch import Watch
+from tuner.config import as_word
 from tuner.errors import ConfigError, Interrupted, TunerError
 
 
@@ -65,17 +66,16 @@ class GridSweeper(Sweeper):
             say(f"{len(asked)} trials, {len(due)} to run, {len(illegal)} illegal; folder {folder.path}")
             returns: list[Sequence[JobReturn]] = []
             interrupt: KeyboardInterrupt | None = None
-            if due:
-                tracking = self.tracking(folder, asked, due)
+            tracking = self.tracking(folder, asked, due)
+            try:
                 outs = [self.prepared(folder, one, tracking) for one in due]
-                try:
-                    with Watch(list(zip(due, outs, strict=True)), tracking, say):
-                        returns = [self.launch(folder, due)]
-                except KeyboardInterrupt as error:
-                    interrupt = error
-            rows = rows_of(folder, entries, objective)
-            results = write_results(rows, folder)
-            if due:
+                with Watch(list(zip(due, outs, strict=True)), tracking, say):
+                    returns = [self.launch(folder, due)] if due else []
+            except KeyboardInterrupt as error:
+                interrupt = error
+            finally:
+                rows = rows_of(folder, entries, objective)
+                results = write_results(rows, folder)
                 self.close(tracking, rows)
         table.show(rows, results, objective, self.switches, self.logs)
         self.raise_unless_done(rows, {one.id for one in asked}, folder, interrupt)
@@ -105,7 +105,7 @@ class GridSweeper(Sweeper):
     def tracking(self, folder: SweepFolder, asked: Sequence[Trial], due: Sequence[Trial]) -> Tracking:
         """MLflow where the trials log there and it can be reached; a store that is away stops no trial."""
         settings = settings_of([tuner.freeze(one.config) for one in due])
-        if settings is None:
+        if settings is None:  # also where nothing is to be run
             return NoTracking()
         in_this_process = str(self.master.hydra.launcher._target_).startswith("hydra._internal.")
         try:
@@ -128,7 +128,7 @@ class GridSweeper(Sweeper):
 
     def launch(self, folder: SweepFolder, due: Sequence[Trial]) -> Sequence[JobReturn]:
         """Hand the trials to the launcher; one that died without a summary gets one."""
-        place = f"hydra.sweep.dir='{folder.path}'"
+        place = as_word("hydra.sweep.dir", folder.path)  # absolute, wherever the job begins
         returns = self.launcher.launch([[*one.words, place, f"hydra.sweep.subdir={one.id}"] for one in due], 0)
         for one, job in zip(due, returns, strict=True):
             if job.status is JobStatus.FAILED:
@@ -150,7 +150,7 @@ class GridSweeper(Sweeper):
         task, hydra = self.master.hydra.overrides.task, self.master.hydra.overrides.hydra
         words = [word for word in [*self.switches, *task, *hydra] if not word.startswith("hydra.sweep.dir=")]
         words = [word for word in words if not word.startswith("hydra.mode=")]
-        again = shlex.join(["python", "-m", "tuner", "-m", *words, f"hydra.sweep.dir={folder.path}"])
+        again = shlex.join(["python", "-m", "tuner", "-m", *words, as_word("hydra.sweep.dir", folder.path)])
         if interrupt is not None:
             raise Interrupted(f"the sweep was interrupted\ncontinue: {again}") from interrupt
         missing = [row for row in rows if row.entry.id in asked and row.status != "finished"]

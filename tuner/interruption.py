@@ -24,7 +24,8 @@ class StopRequest:
 def stop_on_signals() -> Iterator[StopRequest]:
     """The first signal is remembered, so that the step is finished and saved; a second Ctrl-C stops at once.
 
-    Schedulers repeat themselves: SLURM sends SIGTERM twice at a time limit. One that insists has SIGKILL. Signals can only be caught in the main thread; elsewhere nothing is caught.
+    Schedulers repeat themselves: SLURM sends SIGTERM twice at a time limit. One that insists has SIGKILL. Signals can
+    only be caught in the main thread; elsewhere nothing is caught.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():

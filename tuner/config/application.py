@@ -27,7 +27,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from tuner.config.checking import member_problems
-from tuner.config.composition import check, config_loader, freeze, load, plain, without_hydra
+from tuner.config.composition import check, config_loader, freeze, load, plain, quoted, without_hydra
 from tuner.config.explaining import sentence
 from tuner.config.signatures import signature_of
 from tuner.errors import ConfigError, Interrupted, TunerError
@@ -206,12 +206,6 @@ def _first_point(words: list[str]) -> list[str]:
     swept = [override for override in overrides if override.is_sweep_override()]
     first = [f"{o.get_key_element()}={next(o.sweep_string_iterator())}" for o in swept if o.is_discrete_sweep()]
     return [str(override.input_line) for override in overrides if override not in swept] + first
-
-
-def quoted(value: object) -> str:
-    """A value as Hydra's override grammar reads it back unchanged."""
-    text = str(value).replace("\\", "\\\\") if str(value).endswith("\\") else str(value)
-    return "'" + text.replace("'", "\\'") + "'"
 
 
 @contextmanager

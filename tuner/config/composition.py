@@ -7,6 +7,7 @@ process: this works inside another Hydra application, in a notebook and in a tes
 from __future__ import annotations
 
 import os
+import re
 import secrets
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -30,6 +31,8 @@ from tuner.errors import ConfigError, IllegalCombination
 PRIMARY = "config"
 LOCAL_PATHS = ("model.path", "data.path")
 """Keys that name a file or folder, made absolute by `freeze`."""
+PLAIN = re.compile(r"[\w./:@%+ -]+")
+"""Values that Hydra reads as they are; a comma would be a sweep."""
 
 
 def conf_dir() -> Path:
@@ -180,6 +183,18 @@ def check(config: DictConfig | Mapping[str, Any], command: str = "Run") -> None:
         raise IllegalCombination(sentences, rules)
     if problems:
         raise ConfigError(sentences)
+
+
+def quoted(value: object) -> str:
+    """A value as Hydra's override grammar reads it back unchanged."""
+    text = str(value).replace("\\", "\\\\") if str(value).endswith("\\") else str(value)
+    return "'" + text.replace("'", "\\'") + "'"
+
+
+def as_word(key: str, value: object) -> str:
+    """`key=value` as a command-line word, in quotes where the grammar needs them."""
+    text = str(value)
+    return f"{key}={text if PLAIN.fullmatch(text) else quoted(text)}"
 
 
 def available_cpus() -> int:

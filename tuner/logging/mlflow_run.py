@@ -279,6 +279,7 @@ def open_store(tracking_uri: str, experiment: str, timeout_s: float) -> tuple[Ml
     location = None
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
+        Path(f"{file}.lock").touch()  # fails at once where the lock would try for minutes
         location = (file.resolve().parent / "mlartifacts" / re.sub(r"[^\w\-.]", "_", experiment)).as_uri()
     with nullcontext() if file is None else FileLock(f"{file}.lock", timeout=_MIGRATION_S):
         if file is not None:
