@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import subprocess
@@ -96,3 +97,15 @@ def test_trains_from_another_folder(words: list[str], installed: Command, tmp_pa
     assert (summary["status"], summary["steps"]) == ("finished", 6)
     assert summary["val_loss"] < summary["val_loss_before"]
     assert (tmp_path / "run/adapter/adapter_model.safetensors").is_file()
+
+
+def test_sweeps_in_parallel_processes_from_another_folder(installed: Command, tmp_path: Path) -> None:
+    words = ["model=tiny", "peft.lora_rank=2,4", "train.max_steps=2", "train.num_samples=0", "logger=none"]
+    shown = installed("python", "-m", "tuner", "-m", "hydra/launcher=local", *words, "hydra.sweep.dir=sweep")
+    with (tmp_path / "sweep/results.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["status"] for row in rows] == ["finished", "finished"]
+    assert {row["peft.lora_rank"] for row in rows} == {"2", "4"}
+    assert len(list((tmp_path / "sweep/.submitit").rglob("*_result.pkl"))) == 2, "each in a process of its own"
+    assert installed("sweeper", "status", "sweep").count("finished") == 2
+    assert shown.count("finished") >= 2
