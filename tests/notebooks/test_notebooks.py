@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import csv
 import json
 import os
 import re
@@ -28,8 +29,25 @@ def source(notebook: nbformat.NotebookNode) -> str:
     return "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
 
 
-def test_first_run_was_found() -> None:
-    assert FOLDER / "first_run.ipynb" in NOTEBOOKS
+def executed(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[nbformat.NotebookNode]:
+    """The outputs of a notebook's cells, run in `folder`."""
+    monkeypatch.setenv("IPYTHONDIR", str(folder / "ipython"))
+    notebook = read(FOLDER / name)
+    NotebookClient(notebook, timeout=1200, resources={"metadata": {"path": str(folder)}}).execute(env=dict(os.environ))
+    return [output for cell in notebook.cells for output in cell.get("outputs", [])]
+
+
+def printed(outputs: list[nbformat.NotebookNode]) -> str:
+    return "".join(output.text for output in outputs if output.get("name") == "stdout")
+
+
+def shown(outputs: list[nbformat.NotebookNode], kind: str) -> list[str]:
+    return [output.data[kind] for output in outputs if kind in output.get("data", {})]
+
+
+@pytest.mark.parametrize("name", ["first_run.ipynb", "compare_a_sweep.ipynb"])
+def test_was_found(name: str) -> None:
+    assert FOLDER / name in NOTEBOOKS
 
 
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
@@ -69,17 +87,36 @@ SHORT = "train.max_steps=3 train.batch_size=2 data.max_val_samples=8 train.num_s
 @pytest.mark.slow
 def test_first_run_trains_plots_and_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FIRST_RUN_LENGTH", SHORT)
-    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
-    notebook = read(FOLDER / "first_run.ipynb")
-    NotebookClient(notebook, timeout=1200, resources={"metadata": {"path": str(tmp_path)}}).execute(
-        env=dict(os.environ)
-    )
+    outputs = executed("first_run.ipynb", tmp_path, monkeypatch)
     (summary_file,) = tmp_path.glob("outputs/*/*/summary.json")
     summary = json.loads(summary_file.read_text())
     assert (summary["status"], summary["steps"]) == ("finished", 3)
-    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
-    assert any("image/png" in output.get("data", {}) for output in outputs)
-    text = "".join(output.text for output in outputs if output.get("name") == "stdout")
+    assert shown(outputs, "image/png")
+    text = printed(outputs)
     assert f"validation loss {summary['val_loss_before']:.3f} before, {summary['val_loss']:.3f} after 3 steps" in text
     assert "before: " in text
     assert "after: " in text
+
+
+@pytest.mark.slow
+def test_compare_a_sweep_shows_every_trial_in_table_frames_and_plots(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    outputs = executed("compare_a_sweep.ipynb", tmp_path, monkeypatch)
+    with (tmp_path / "sweep" / "results.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["status"] for row in rows] == ["finished"] * 8
+    points = {(row["peft.lora_rank"], row["peft.lora_alpha"], row["optimizer"]) for row in rows}
+    assert points == {(rank, alpha, name) for rank in "28" for alpha in ("8", "32") for name in ("adamw", "sgd")}
+    assert "8 trials by val_loss" in printed(outputs)
+    results, runs = shown(outputs, "text/html")
+    for row in rows:
+        assert row["trial"] in printed(outputs)
+        assert row["trial"] in results
+        assert row["trial"] in runs
+    for column in ("objective", "seconds", "peak_memory_mib", "peft.lora_rank", "optimizer"):
+        assert f"<th>{column}</th>" in results
+        assert re.search(rf"<th>(metrics|tags)\.{re.escape(column)}</th>", runs), column
+    assert runs.count("<td>FINISHED</td>") == 8
+    assert len(shown(outputs, "image/png")) == 3  # the grid, what it costs, the curves
