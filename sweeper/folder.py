@@ -94,7 +94,10 @@ class SweepFolder:
     def read(self) -> dict[str, Any]:
         """`sweep.json`, empty where there is none."""
         file = self.path / SWEEP
-        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        try:
+            content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        except ValueError as error:
+            raise ConfigError(f"{file}: damaged: {error}; without it the sweep is planned anew") from error
         return content
 
     def entries(self) -> list[Entry]:

@@ -16,7 +16,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig
 
 import tuner
 from sweeper import table, trial
@@ -26,7 +26,7 @@ from sweeper.plan import Trial, trials_of
 from sweeper.results import Row, rows_of, write_results
 from sweeper.tracking import MlflowSweep, NoTracking, Tracking, settings_of
 from sweeper.watch import Watch
-from tuner.config import as_word
+from tuner.config import as_word, load_point, quoted
 from tuner.errors import ConfigError, Interrupted, TunerError
 
 
@@ -59,7 +59,7 @@ class GridSweeper(Sweeper):
         illegal = [one for one in asked if one.illegal is not None]
         if illegal and self.master.sweep.on_illegal == "refuse":
             raise ConfigError([f"{one.name}: {one.illegal}" for one in illegal])
-        objective = str(asked[0].config.train.objective)
+        objective = next(str(one.config.train.objective) for one in asked if one.config is not None)
         with folder.held():
             entries = folder.record([*self.switches, *arguments], objective, asked)
             due = [one for one in asked if one.illegal is None and self.is_due(folder.out(one.id))]
@@ -83,10 +83,7 @@ class GridSweeper(Sweeper):
 
     def compose(self, words: Sequence[str]) -> DictConfig:
         """The configuration of one point."""
-        config = self.context.config_loader.load_sweep_config(self.master, list(words))
-        with open_dict(config):
-            del config["hydra"]
-        return config
+        return load_point(self.context.config_loader, self.master, words)
 
     def is_due(self, out: Path) -> bool:
         """Whether a trial is to be run; what an earlier attempt left is taken away if it is run from the beginning."""
@@ -104,7 +101,7 @@ class GridSweeper(Sweeper):
 
     def tracking(self, folder: SweepFolder, asked: Sequence[Trial], due: Sequence[Trial]) -> Tracking:
         """MLflow where the trials log there and it can be reached; a store that is away stops no trial."""
-        settings = settings_of([tuner.freeze(one.config) for one in due])
+        settings = settings_of([tuner.freeze(one.config) for one in due if one.config is not None])
         if settings is None:  # also where nothing is to be run
             return NoTracking()
         in_this_process = str(self.master.hydra.launcher._target_).startswith("hydra._internal.")
@@ -117,6 +114,7 @@ class GridSweeper(Sweeper):
     def prepared(self, folder: SweepFolder, one: Trial, tracking: Tracking) -> Path:
         """The trial's run folder with its configuration as it is now, whatever is edited before the trial begins."""
         out = folder.out(one.id)
+        assert one.config is not None  # an illegal point is never due
         config = one.config.copy()
         config.out = str(out)
         out.mkdir(parents=True, exist_ok=True)
@@ -129,7 +127,7 @@ class GridSweeper(Sweeper):
     def launch(self, folder: SweepFolder, due: Sequence[Trial]) -> Sequence[JobReturn]:
         """Hand the trials to the launcher; one that died without a summary gets one."""
         place = as_word("hydra.sweep.dir", folder.path)  # absolute, wherever the job begins
-        returns = self.launcher.launch([[*one.words, place, f"hydra.sweep.subdir={one.id}"] for one in due], 0)
+        returns = self.launcher.launch([[*one.words, place, f"hydra.sweep.subdir={quoted(one.id)}"] for one in due], 0)
         for one, job in zip(due, returns, strict=True):
             if job.status is JobStatus.FAILED:
                 error = job._return_value
@@ -149,16 +147,16 @@ class GridSweeper(Sweeper):
         """The exit code of a sweep: 0 only if every point that was asked for finished."""
         task, hydra = self.master.hydra.overrides.task, self.master.hydra.overrides.hydra
         words = [word for word in [*self.switches, *task, *hydra] if not word.startswith("hydra.sweep.dir=")]
-        words = [word for word in words if not word.startswith("hydra.mode=")]
+        words = [word for word in words if not word.startswith(("hydra.mode=", "sweep.rerun="))]
         again = shlex.join(["python", "-m", "tuner", "-m", *words, as_word("hydra.sweep.dir", folder.path)])
         if interrupt is not None:
             raise Interrupted(f"the sweep was interrupted\ncontinue: {again}") from interrupt
         missing = [row for row in rows if row.entry.id in asked and row.status != "finished"]
         if missing:
             kinds = ", ".join(f"{row.entry.id} {row.status}" for row in missing)
-            failed = any(row.status == "failed" for row in missing)
-            if failed:
-                say(f"again    {again} sweep.rerun=failed")
+            statuses = {row.status for row in missing}
+            if statuses - {"illegal"}:
+                say(f"again    {again}{' sweep.rerun=failed' if 'failed' in statuses else ''}")
             raise SweepIncomplete(f"{len(missing)} of {len(asked)} trials did not finish: {kinds}")
 
 

@@ -18,12 +18,12 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
 import tuner
-from tuner.errors import ConfigError, IllegalCombination
+from tuner.errors import ConfigError, IllegalCombination, UnknownKey
 
 ID_CHARACTERS = 10
-"""Of ten thousand points two have the same id once in 20,000 sweeps."""
-NO_DIFFERENCE = ("out", "sweep")
-"""Keys of a run that say nothing about what it computes."""
+"""After the letter: of ten thousand points two have the same id once in 20,000 sweeps."""
+NO_DIFFERENCE = ("out", "sweep", "logger", "trust_targets")
+"""Keys and groups of a run that say nothing about what it computes."""
 
 Compose = Callable[[Sequence[str]], DictConfig]
 
@@ -36,14 +36,14 @@ class Trial:
         id: of the configuration: the same point has the same id in every process and every sweep.
         words: what composes it, without Hydra's own.
         values: what each swept word chose, in the order of the words.
-        config: composed, not frozen.
+        config: composed, not frozen; None for a point that does not compose.
         illegal: why it cannot work, None where it can.
     """
 
     id: str
     words: Sequence[str]
     values: Mapping[str, str]
-    config: DictConfig
+    config: DictConfig | None
     illegal: str | None = None
 
     @property
@@ -62,28 +62,48 @@ def trials_of(words: Sequence[str], loader: ConfigLoader, compose: Compose) -> l
 
     Raises:
         ConfigError: every key and value of any point that is wrong in itself, all together. A combination that cannot
-            work is a trial with `illegal` set.
+            work is a trial with `illegal` set, and so is a point without a key that other points have:
+            `peft=lora,full peft.lora_rank=4,8`.
     """
-    overrides = OverridesParser.create(config_loader=loader).parse_overrides([*filter(_is_of_a_run, words)])
+    overrides = OverridesParser.create(config_loader=loader).parse_overrides(list(words))
+    _require_one_meaning(overrides)
+    overrides = [override for override in overrides if not override.key_or_group.startswith("sweep.")]
     axes = [_choices(override) for override in overrides]
     swept = [index for index, override in enumerate(overrides) if override.is_sweep_override()]
     trials: dict[str, Trial] = {}
     problems: dict[str, None] = {}
+    lacking: list[tuple[Sequence[str], dict[str, str], UnknownKey]] = []
+    composed: set[str] = set()
     for point in itertools.product(*axes):
         values = dict(point[index].lstrip("+").split("=", 1) for index in swept)
         try:
             trial = _planned(point, values, compose(point))
+        except UnknownKey as error:
+            lacking.append((point, values, error))
         except ConfigError as error:
             problems |= dict.fromkeys(error.problems)
         else:
             trials.setdefault(trial.id, trial)
+            composed |= {word.lstrip("+~").partition("=")[0] for word in point}
+    for words, values, lack in lacking:
+        if lack.key in composed:
+            trial = Trial(_digest(sorted(words)), words, values, None, "; ".join(lack.problems))
+            trials.setdefault(trial.id, trial)
+        else:
+            problems |= dict.fromkeys(lack.problems)
     if problems:
         raise ConfigError(problems)
     return list(trials.values())
 
 
-def _is_of_a_run(word: str) -> bool:
-    return not word.startswith("sweep.")
+def _require_one_meaning(overrides: Sequence[Override]) -> None:
+    """Refuse an axis that another word replaces, and one over what decides about the sweep itself."""
+    keys = [override.get_key_element().lstrip("+") for override in overrides]
+    for override, key in zip(overrides, keys, strict=True):
+        if override.is_sweep_override() and keys.count(key) > 1:
+            raise ConfigError(f"{override.input_line}: another word gives {key} too; say it once")
+        if override.is_sweep_override() and key.startswith("sweep."):
+            raise ConfigError(f"{override.input_line}: one value for the whole sweep")
 
 
 def _choices(override: Override) -> list[str]:
@@ -108,11 +128,16 @@ def _planned(words: Sequence[str], values: Mapping[str, str], config: DictConfig
 
 
 def identity(config: DictConfig) -> str:
-    """The first hexadecimal digits of a digest of everything that decides what a run computes."""
+    """`t` and the first hexadecimal digits of a digest of everything that decides what a run computes."""
     with_out = OmegaConf.to_container(config, resolve=True)
     assert isinstance(with_out, dict)
     plain: dict[Any, Any] = {key: value for key, value in with_out.items() if key not in NO_DIFFERENCE}
-    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:ID_CHARACTERS]
+    return _digest(plain)
+
+
+def _digest(content: Any) -> str:
+    # A letter first: 930e005411 is a number to Hydra, YAML and pandas.
+    return "t" + hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:ID_CHARACTERS]
 
 
 def swept_keys(trials: Iterable[Mapping[str, str]]) -> list[str]:

@@ -45,15 +45,19 @@ def rows_of(folder: SweepFolder, entries: Iterable[Entry], objective: str) -> li
 
     def order(row: Row) -> tuple[bool, float]:
         value = row.numbers["objective"]
-        known = row.status == "finished" and value is not None and not math.isnan(value)
-        return (not known, sign * value if known and value is not None else 0.0)
+        return (False, sign * value) if value is not None and _is_ranked(row) else (True, 0.0)
 
     return sorted(rows, key=order)
 
 
+def _is_ranked(row: Row) -> bool:
+    value = row.numbers["objective"]
+    return row.status == "finished" and value is not None and not math.isnan(value)
+
+
 def best_of(rows: Sequence[Row]) -> Row | None:
-    """The first row, if it finished."""
-    return rows[0] if rows and rows[0].status == "finished" else None
+    """The first row, if it finished with a number."""
+    return rows[0] if rows and _is_ranked(rows[0]) else None
 
 
 def write_results(rows: Sequence[Row], folder: SweepFolder) -> Path:

@@ -103,7 +103,7 @@ class MlflowSweep:
         best = best_of(rows)
         summary: dict[str, Any] = {"trials": len(rows), **counts}
         if best is not None:
-            summary |= {"best_trial": best.entry.id, "objective": best.numbers["objective"]}
+            summary |= {"best_trial": best.entry.id, "best_objective": best.numbers["objective"]}
         try:
             with tracking.silent():
                 for name in (SWEEP, RESULTS):

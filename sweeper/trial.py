@@ -17,7 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 import tuner
-from tuner.errors import Interrupted, TunerError
+from tuner.errors import ConfigError, Interrupted, TunerError
 from tuner.types import Summary
 
 CONFIG = "config.yaml"
@@ -76,7 +76,7 @@ def run_trial(out: Path) -> Summary:
     words = yaml.safe_load((out / OVERRIDES).read_text(encoding="utf-8"))
     print(f"trial {out.name}: {shlex.join(words)}\nalone: {command(out)}", flush=True)
     try:
-        return tuner.run(config, words)
+        return tuner.run(config, words, command(out))
     except Interrupted:
         raise
     except Exception as error:
@@ -93,7 +93,9 @@ def record_death(out: Path, reason: str, status: str = "failed") -> None:
     if not (out / SUMMARY).exists():
         out.mkdir(parents=True, exist_ok=True)
         text = json.dumps(asdict(Summary(status, str(out), reason=reason)), indent=2)
-        (out / SUMMARY).write_text(text + "\n", encoding="utf-8")
+        unfinished = out / f".{SUMMARY}"
+        unfinished.write_text(text + "\n", encoding="utf-8")
+        unfinished.replace(out / SUMMARY)
 
 
 def summary_of(out: Path) -> dict[str, Any] | None:
@@ -102,4 +104,6 @@ def summary_of(out: Path) -> dict[str, Any] | None:
         summary: dict[str, Any] = json.loads((out / SUMMARY).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
+    except ValueError as error:
+        raise ConfigError(f"{out / SUMMARY}: damaged: {error}; remove it to run the trial again") from error
     return summary

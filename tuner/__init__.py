@@ -49,19 +49,20 @@ def freeze(cfg: DictConfig) -> DictConfig:
     return freeze(cfg)
 
 
-def run(cfg: DictConfig, overrides: Sequence[str] | None = None) -> Summary:
+def run(cfg: DictConfig, overrides: Sequence[str] | None = None, again: str | None = None) -> Summary:
     """Train as `cfg` says; what is left on disk is in the folder `summary.out`.
 
     Args:
         cfg: composed or frozen.
         overrides: the words of the command line it was composed from, for the record.
+        again: the command that goes on with this run, shown where it is stopped; None makes one of the overrides.
 
     Raises:
         TunerError: an input that is wrong: the configuration, the data, the model's files, a checkpoint.
     """
     from tuner.train import run
 
-    return run(cfg, overrides)
+    return run(cfg, overrides, again)
 
 
 def load_model(

@@ -32,6 +32,19 @@ class ConfigError(TunerError):
         super().__init__("\n".join(self.problems))
 
 
+class UnknownKey(ConfigError):
+    """A word names a key that what the other words choose does not have; elsewhere in a sweep it may exist.
+
+    Args:
+        problem: the sentence.
+        key: the key, dotted.
+    """
+
+    def __init__(self, problem: str, key: str) -> None:
+        super().__init__(problem)
+        self.key = key
+
+
 class IllegalCombination(ConfigError):
     """Values that are right each by itself and cannot go together: a point of a sweep that is left out, not a typo.
 

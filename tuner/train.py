@@ -66,12 +66,13 @@ class Parts:
     notes: Sequence[str]
 
 
-def run(cfg: DictConfig, overrides: Sequence[str] | None = None) -> Summary:
+def run(cfg: DictConfig, overrides: Sequence[str] | None = None, again: str | None = None) -> Summary:
     """Train as `cfg` says.
 
     Args:
         cfg: composed; it is frozen and checked here.
         overrides: the words of the command line it was composed from, for the record; None for a call from Python.
+        again: the command that goes on with this run, shown where it is stopped; None makes one of the overrides.
 
     Returns:
         What stands in `summary.json` of the run folder.
@@ -87,11 +88,11 @@ def run(cfg: DictConfig, overrides: Sequence[str] | None = None) -> Summary:
     if decide(out, config, cfg.checkpoint.resume) == "finished":
         return finished_before(out)
     with only_run_in(out):
-        return train(cfg, config, out, overrides, started)
+        return train(cfg, config, out, overrides, again or resume_command(out, config, overrides), started)
 
 
 def train(
-    cfg: DictConfig, config: Mapping[str, Any], out: Path, overrides: Sequence[str] | None, started: float
+    cfg: DictConfig, config: Mapping[str, Any], out: Path, overrides: Sequence[str] | None, resume: str, started: float
 ) -> Summary:
     """Make, restore, fit and close; nobody else is in `out` meanwhile."""
     if sys.stderr.isatty():
@@ -123,7 +124,6 @@ def train(
         except (Interrupted, KeyboardInterrupt) as error:
             reason = str(error) or "interrupted at once: the steps since the last checkpoint are lost"
             summary.status, summary.reason = "stopped", reason
-            resume = resume_command(out, config, overrides)
             terminal.closing(saved_in(out), {"resume": resume})
             raise Interrupted(f"{reason}\nresume: {resume}") from error
         except BaseException as error:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import re
 import shutil
 import subprocess
+
+_IS_GPU = re.compile(r"\d+$|GPU-|MIG-")
 
 
 def visible_gpus() -> list[str]:
     """What `CUDA_VISIBLE_DEVICES` may list: its own entries if it is set, else an index a GPU that the driver shows."""
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     if given is not None:
-        return [entry.strip() for entry in given.split(",") if entry.strip()]
+        entries = [entry.strip() for entry in given.split(",")]
+        return list(itertools.takewhile(_IS_GPU.match, entries))  # CUDA too ends its list at the first other entry
     if shutil.which("nvidia-smi") is None:
         return []
     listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)

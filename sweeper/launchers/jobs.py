@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import pickle
+import signal
 import sys
 import sysconfig
+import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from hydra.core.singleton import Singleton
@@ -32,17 +35,19 @@ class Job:
         context, task: of the launcher.
         config: composed.
         singletons: Hydra's global state, custom resolvers among it.
+        variables: set in the job's process before anything of the task is imported.
     """
 
     context: HydraContext
     task: TaskFunction
     config: DictConfig
     singletons: dict[Any, Any]
+    variables: dict[str, str]
 
     def __call__(self) -> JobReturn:
         """Run it; an error is part of what is returned, made such that it can be pickled."""
-        from submitit import JobEnvironment
-
+        os.environ.update(self.variables)
+        signal.signal(signal.SIGTERM, _interrupt)  # submitit ignores it; a task may have a handler of its own
         setup_globals()
         Singleton.set_state(self.singletons)
         try:
@@ -55,10 +60,11 @@ class Job:
             )
         except KeyboardInterrupt as stopped:
             result = self.interrupted(stopped)
+        except SystemExit as left:
+            result = failed(self.config, JobDied(f"sys.exit({left.code!r})"))
         if result.status is JobStatus.FAILED:
-            error = _picklable(result._return_value)
-            error.add_note(f"log {JobEnvironment().paths.stderr}")
-            result._return_value = error
+            traceback.print_exception(result._return_value)  # the one that is pickled has none
+            result._return_value = _picklable(result._return_value)
         return result
 
     def interrupted(self, stopped: KeyboardInterrupt) -> JobReturn:
@@ -82,13 +88,16 @@ def jobs_of(
         with open_dict(composed):
             composed.hydra.job.id = f"job_{index}"
             composed.hydra.job.num = index
-        jobs.append(kind(context, task, composed, Singleton.get_state()))
+        jobs.append(kind(context, task, composed, Singleton.get_state(), {}))
     return jobs
 
 
 def job_folder(config: DictConfig) -> Path:
-    """Where submitit keeps its files for this sweep, a folder a job."""
-    return Path(str(config.hydra.sweep.dir)).absolute() / FOLDER / "%j"
+    """Where submitit keeps its files for these jobs, a folder a job.
+
+    New at each call: a process number comes again, and with it would come the result of a former job.
+    """
+    return Path(str(config.hydra.sweep.dir)).absolute() / FOLDER / f"{time.time_ns():x}" / "%j"
 
 
 def result_in(paths: Any) -> JobReturn | JobDied | None:
@@ -99,10 +108,15 @@ def result_in(paths: Any) -> JobReturn | JobDied | None:
     """
     if not paths.result_pickle.exists():
         return None
-    with paths.result_pickle.open("rb") as file:
-        outcome, value = pickle.load(file)
+    try:
+        with paths.result_pickle.open("rb") as file:
+            outcome, value = pickle.load(file)
+    except Exception as error:  # whatever a task's own class raises when it is made again
+        return JobDied(f"its result cannot be read: {type(error).__name__}: {error}", str(paths.stderr))
     if outcome == "success":
         assert isinstance(value, JobReturn)
+        if value.status is JobStatus.FAILED:
+            value._return_value.add_note(f"log {paths.stderr}")
         return value
     return JobDied(str(value).strip().splitlines()[-1], str(paths.stderr))
 
@@ -139,6 +153,10 @@ def environment(**values: str) -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt(signal.Signals(number).name)
 
 
 def _picklable(error: Any) -> Exception:

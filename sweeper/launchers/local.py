@@ -11,7 +11,8 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from hydra.core.utils import JobReturn, configure_log
@@ -38,6 +39,7 @@ class _Running:
     index: int
     submitted: Any
     place: list[str]
+    started: float
 
 
 class LocalLauncher(Launcher):
@@ -59,7 +61,7 @@ class LocalLauncher(Launcher):
         size = min(1, len(available)) if gpus is None else gpus
         places = sets_of(available, size)
         if size and not places:
-            raise ConfigError(f"hydra.launcher.gpus={size}: this machine shows {len(available)}")
+            raise ConfigError(f"hydra.launcher.gpus={size}: this machine shows {len(available)} GPUs")
         if size and max_parallel is not None and max_parallel > len(places):
             raise ConfigError(
                 f"hydra.launcher.max_parallel={max_parallel} hydra.launcher.gpus={size}: this machine shows "
@@ -81,6 +83,7 @@ class LocalLauncher(Launcher):
         """
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
         jobs = jobs_of(Job, self.context, self.task, self.config, job_overrides, initial_job_idx)
+        folder = job_folder(self.config)
         waiting, places = deque(enumerate(jobs)), deque(self.places)
         running: list[_Running] = []
         returns: dict[int, JobReturn] = {}
@@ -89,31 +92,36 @@ class LocalLauncher(Launcher):
                 while waiting and places:
                     index, job = waiting.popleft()
                     place = places.popleft()
-                    running.append(_Running(index, self._start(job, place), place))
+                    running.append(_Running(index, self._start(job, folder, place), place, time.monotonic()))
                 for ended in [one for one in running if one.submitted.done()]:
                     running.remove(ended)
                     places.append(ended.place)
-                    returns[ended.index] = _returned(jobs[ended.index], ended.submitted)
+                    returns[ended.index] = self._returned(jobs[ended.index], ended)
                 time.sleep(LOOK_S)
         except KeyboardInterrupt:
             _stop(running)
             raise
         return [returns[index] for index in range(len(jobs))]
 
-    def _start(self, job: Job, place: list[str]) -> Any:
+    def _start(self, job: Job, folder: Path, place: list[str]) -> Any:
         from submitit import LocalExecutor
 
-        executor = LocalExecutor(job_folder(job.config))
-        by_index = all(gpu.isdigit() for gpu in place)
-        executor.update_parameters(
-            timeout_min=self.time_min,
-            gpus_per_node=len(place) if by_index else 0,
-            visible_gpus=[int(gpu) for gpu in place] if by_index else (),
-            setup=[] if by_index else [f"export CUDA_VISIBLE_DEVICES={','.join(place)}"],
-        )
+        executor = LocalExecutor(folder)
+        executor.update_parameters(timeout_min=self.time_min)
         threads = str(self.cpus_of_each)
+        # Not submitit's visible_gpus, which takes no names as GPU-8932f937 and MIG-...
+        placed = replace(job, variables={"CUDA_VISIBLE_DEVICES": ",".join(place)})
         with environment(OMP_NUM_THREADS=threads, PYTHONPATH=import_path()), _ctrl_c_is_ours():
-            return executor.submit(job)
+            return executor.submit(placed)
+
+    def _returned(self, job: Job, ended: _Running) -> JobReturn:
+        result = result_in(ended.submitted.paths)
+        if isinstance(result, JobReturn):
+            return result
+        late = time.monotonic() - ended.started >= 60 * self.time_min
+        why = f" at hydra.launcher.time_min={self.time_min:g}" if late else ""
+        died = JobDied(f"killed{why}, it left no result", str(ended.submitted.paths.stderr))
+        return failed(job.config, result or died)
 
 
 @contextmanager
@@ -124,13 +132,6 @@ def _ctrl_c_is_ours() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _returned(job: Job, submitted: Any) -> JobReturn:
-    result = result_in(submitted.paths)
-    if isinstance(result, JobReturn):
-        return result
-    return failed(job.config, result or JobDied("killed, it left no result", str(submitted.paths.stderr)))
 
 
 def _stop(running: Sequence[_Running]) -> None:
@@ -144,4 +145,12 @@ def _stop(running: Sequence[_Running]) -> None:
     finally:
         for one in running:
             if not one.submitted.done():
-                one.submitted._process.send_signal(signal.SIGINT)  # submitit's controller kills within a second
+                _kill(one.submitted._process.pid)
+
+
+def _kill(controller: int) -> None:
+    """Kill what submitit's controller runs, on which it ends by itself."""
+    import psutil
+
+    for process in psutil.Process(controller).children(recursive=True):
+        process.kill()

@@ -24,7 +24,19 @@ COMPOSERS = ("tuner.config", "tuner.verbs", "tuner.train", "tuner.build", "sweep
 FOR_SWEEPS = {"tuner", "tuner.config", "tuner.errors", "tuner.types", "tuner.tracking", "tuner.__main__"}
 """What `sweeper` may know of `tuner`: the public functions and records, and how commands end."""
 
-HEAVY = {"mlflow", "submitit", "cloudpickle", "bitsandbytes", "wandb", "gguf", "rich", "pyarrow", "transformers", "peft", "tensorboard"}
+HEAVY = {
+    "mlflow",
+    "submitit",
+    "cloudpickle",
+    "bitsandbytes",
+    "wandb",
+    "gguf",
+    "rich",
+    "pyarrow",
+    "transformers",
+    "peft",
+    "tensorboard",
+}
 LIGHT = {"tuner", "tuner.__main__", "tuner.types", "tuner.errors", "tuner.settings", "tuner.quiet"}
 """Modules that must cost nothing to import."""
 

@@ -41,7 +41,7 @@ OPTION_CASES = [
     if group not in ("train", "data")
 ]
 VALUE_CASES = [
-    (["seeed=1"], "seeed=1: no such key", "did you mean seed?"),
+    (["seeed=1"], "seeed=1: no such key", "did you mean seed or sweep?"),
     (["seed=abc"], "seed=abc: expected a whole number", ""),
     (["train.batch_size=1.5"], "train.batch_size=1.5: expected a whole number > 0", ""),
     (["train.compile=maybe"], "train.compile=maybe: expected true or false", ""),

@@ -54,6 +54,7 @@ def sweep_in_mlflow(shell: Any, folder: Path, uri: str | None = None) -> tuple[A
     return parent, found
 
 
+@pytest.mark.slow
 def test_the_axes_of_the_readme(shell: Any) -> None:
     """Methods, ranks, alphas and optimizers, all 24 of them."""
     folder = shell.folder / "axes"
@@ -120,13 +121,15 @@ def test_mlflow_has_one_parent_and_a_child_a_trial(shell: Any, here: tuple[Any, 
     assert parent.info.status == "FAILED"  # not every point finished
     assert parent.data.metrics["trials"] == 6
     assert parent.data.params["sweep.peft.lora_rank"] == "4,8,400"
+    assert "objective" not in parent.data.metrics  # it is no trial
     assert set(children) == {trial for trial, row in rows.items() if row["status"] == "finished"}
     for trial, run in children.items():
         rank, optimizer = rows[trial]["peft.lora_rank"], rows[trial]["optimizer"]
         assert run.info.status == "FINISHED"
         assert run.info.run_name == f"lora_rank={rank} optimizer={optimizer}"
         assert (run.data.tags["peft.lora_rank"], run.data.tags["optimizer"]) == (rank, optimizer)
-        assert run.data.params["peft.lora_rank"] == rank
+        assert (run.data.params["peft.lora_rank"], run.data.params["optimizer"]) == (rank, optimizer)
+        assert not [key for key in run.data.params if key.startswith(("logger.tags", "logger.run_name"))]
         for name in ("val_loss", "objective", "seconds", "peak_memory_mib", "trainable_params"):
             assert math.isclose(run.data.metrics[name], float(rows[trial][name]))
 
@@ -163,7 +166,7 @@ def test_a_sweep_of_one_point_is_a_sweep(shell: Any) -> None:
 
 
 BAD = {
-    "peft.lora_rnk=4,8": "peft.lora_rnk=4: no such key; did you mean lora_rank",
+    "peft.lora_rnk=4": "peft.lora_rnk=4: no such key; did you mean lora_rank",
     "peft.lora_rank=4,x": "peft.lora_rank=x: expected a whole number > 0",
     "peft.lora_rank=choice()": "peft.lora_rank=choice(): cannot be read as key=value",
     "peft.lora_rank=4,,8": "peft.lora_rank=4,,8: cannot be read as key=value",
@@ -189,6 +192,25 @@ def test_bad_words_are_one_clear_line_before_anything_is_written(words: str, she
     assert not folder.exists()
 
 
+def test_a_key_that_only_some_points_have_makes_the_others_illegal(shell: Any) -> None:
+    """An adapter's rank beside full training, which has none: whichever of the two is named first."""
+    for order in ("lora,full", "full,lora"):
+        folder = shell.folder / f"some {order}"
+        words = [f"peft={order}", "peft.lora_rank=2,4", "logger=none", f"hydra.sweep.dir='{folder}'"]
+        done = shell.inside("-m", *QUICK, *shell.data, *words)
+        assert done.code == 1
+        rows = results(folder)
+        assert [(row["status"], row["peft"]) for row in rows] == [("finished", "lora")] * 2 + [("illegal", "full")] * 2
+        assert all("no such key" in row["reason"] for row in rows[2:])
+
+
+def test_options_by_pattern(shell: Any) -> None:
+    folder = shell.folder / "pattern"
+    words = ["schedule=glob(co*)", "logger=none", f"hydra.sweep.dir={folder}"]
+    assert shell.inside("-m", *QUICK, *shell.data, *words).code == 0
+    assert {row["schedule"] for row in results(folder)} == {"constant", "cosine"}
+
+
 def test_a_folder_that_cannot_be_made_is_one_clear_line(shell: Any) -> None:
     done = shell.inside("-m", *QUICK, *shell.data, "seed=0,1", "hydra.sweep.dir=/proc/sweep")
     assert done.code == 2
@@ -211,6 +233,7 @@ def test_a_folder_with_another_objective_is_refused(shell: Any, here: tuple[Any,
     assert "train.objective is val_loss, not seconds" in done.err
 
 
+@pytest.mark.slow
 def test_a_store_that_cannot_be_used_is_said_and_stops_no_trial(shell: Any) -> None:
     folder = shell.folder / "storeless"
     words = ["seed=0,1", "logger.tracking_uri=sqlite:////proc/mlflow.db", f"hydra.sweep.dir={folder}", *LOCAL]
@@ -258,6 +281,7 @@ def process_with_open(file: Path) -> int:
     raise AssertionError(f"nobody writes {file}")
 
 
+@pytest.mark.slow
 def test_trials_that_fail_or_are_killed_cost_the_others_nothing(broken: tuple[Any, Path]) -> None:
     done, folder = broken
     rows = results(folder)
@@ -269,6 +293,7 @@ def test_trials_that_fail_or_are_killed_cost_the_others_nothing(broken: tuple[An
     assert "killed, it left no result" in reasons
 
 
+@pytest.mark.slow
 def test_the_log_of_a_failed_trial_is_named_and_holds_what_it_printed(broken: tuple[Any, Path]) -> None:
     done, _ = broken
     logs = [Path(line.split("log ", 1)[1]) for line in done.out.splitlines() if line.strip().startswith("log ")]
@@ -276,6 +301,7 @@ def test_the_log_of_a_failed_trial_is_named_and_holds_what_it_printed(broken: tu
     assert sum("not valid JSON" in log.read_text() for log in logs) == 3
 
 
+@pytest.mark.slow
 def test_mlflow_has_the_true_status_of_trials_that_could_not_tell_it(shell: Any, broken: tuple[Any, Path]) -> None:
     _, folder = broken
     parent, children = sweep_in_mlflow(shell, folder)
@@ -286,10 +312,11 @@ def test_mlflow_has_the_true_status_of_trials_that_could_not_tell_it(shell: Any,
     assert {config["logger"]["live"] for config in configs} == {False}  # a SQLite file has one writer, the sweep
 
 
+@pytest.mark.slow
 def test_a_process_prints_the_command_that_runs_its_trial_alone(shell: Any, broken: tuple[Any, Path]) -> None:
     _, folder = broken
     (killed,) = [row for row in results(folder) if "killed" in row["reason"]]
-    printed = "".join(file.read_text() for file in folder.glob(".submitit/*/*_log.out"))
+    printed = "".join(file.read_text() for file in folder.glob(".submitit/*/*/*_log.out"))
     command = f"python -m sweeper trial {folder / killed['trial']}"
     assert command in printed
     (folder / killed["trial"] / "summary.json").unlink()
@@ -300,6 +327,7 @@ def test_a_process_prints_the_command_that_runs_its_trial_alone(shell: Any, brok
     assert status.out.count("finished") == 3
 
 
+@pytest.mark.slow
 def test_failed_trials_are_run_again_where_that_is_asked(shell: Any, broken: tuple[Any, Path]) -> None:
     _, folder = broken
     good = next(word.removeprefix("data.path=") for word in shell.data if word.startswith("data.path="))
@@ -314,6 +342,7 @@ def test_failed_trials_are_run_again_where_that_is_asked(shell: Any, broken: tup
     assert [run.info.status for run in children.values()] == ["FINISHED"] * 6
 
 
+@pytest.mark.slow
 def test_a_queued_trial_is_frozen_and_the_cpus_are_shared_out(shell: Any) -> None:
     """What is edited after the submission changes no trial; two at once have half of the threads each."""
     from tuner.config import available_cpus, conf_dir
@@ -334,9 +363,10 @@ def test_a_queued_trial_is_frozen_and_the_cpus_are_shared_out(shell: Any) -> Non
     assert {config["train"]["num_threads"] for config in configs} == {max(1, available_cpus() // 2)}
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_every_trial_and_the_printed_command_goes_on(shell: Any) -> None:
     folder = shell.folder / "stopped"
-    words = ["seed=0,1,2", "logger=none", f"hydra.sweep.dir={folder}", *LOCAL, "train.max_steps=400"]
+    words = ["seed=0,1,2", "logger=none", f"hydra.sweep.dir={folder}", *LOCAL, "train.max_steps=150"]
     process = shell.start("-m", *TINY, *shell.data, *words)
     until(lambda: len(list(folder.glob("*/metrics.jsonl"))) == 2, process)
     process.send_signal(signal.SIGINT)
@@ -351,6 +381,7 @@ def test_ctrl_c_saves_every_trial_and_the_printed_command_goes_on(shell: Any) ->
     assert "resumed at step" in "".join(file.read_text() for file in folder.glob("*/run.log"))
 
 
+@pytest.mark.slow
 def test_a_second_sweep_in_the_same_folder_is_refused(shell: Any) -> None:
     folder = shell.folder / "held"
     process = shell.start("-m", *LONG, *shell.data, "seed=0,1", "logger=none", f"hydra.sweep.dir={folder}")

@@ -65,6 +65,7 @@ def mlflow_logger() -> Callable[..., MLflowLogger]:
             "run_name": None,
             "tags": {},
             "parent_run_id": None,
+            "live": True,
             "system_metrics": False,
             "flush_every_s": 0.1,
             "connect_timeout_s": 1.0,

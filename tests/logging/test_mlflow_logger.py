@@ -369,7 +369,7 @@ def test_a_process_ends_although_the_server_hangs(run_info: MakeInfo, mute_port:
 from pathlib import Path
 from tuner.logging.mlflow import MLflowLogger
 from tuner.types import RunInfo
-logger = MLflowLogger("http://127.0.0.1:{mute_port}", "tuner", None, {{}}, None, False, 0.1, 60.0, 0.5)
+logger = MLflowLogger("http://127.0.0.1:{mute_port}", "tuner", None, {{}}, None, True, False, 0.1, 60.0, 0.5)
 logger.start(RunInfo(Path({str(run_info().out)!r}), {{}}, [], {{"name": "x", "fingerprint": "y"}}))
 logger.log(1, {{"train/loss": 1.0}})
 logger.close("finished", {{}})
@@ -506,7 +506,7 @@ from tuner.logging.mlflow import MLflowLogger
 from tuner.types import RunInfo
 
 def train(folder, name, start):
-    logger = MLflowLogger(f"sqlite:///{folder}/mlflow.db", "tuner", None, {}, None, False, 0.1, 10.0, 100.0)
+    logger = MLflowLogger(f"sqlite:///{folder}/mlflow.db", "tuner", None, {}, None, True, False, 0.1, 10.0, 100.0)
     start.wait()
     logger.start(RunInfo(folder / name, {"name": name}, [], {"name": "pydoc", "fingerprint": "f"}))
     for step in range(1, 101):

@@ -38,7 +38,7 @@ class ClusterShell(Shell):
 
     def job_of(self, trial: Path) -> str:
         """The job that runs a trial, from what its process printed."""
-        for printed in (trial.parent / ".submitit").glob("*/*_log.out"):
+        for printed in (trial.parent / ".submitit").glob("*/*/*_log.out"):
             if f"trial {trial.name}:" in printed.read_text():
                 return printed.parent.name
         raise AssertionError(f"no job runs {trial}")

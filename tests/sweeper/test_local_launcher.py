@@ -108,7 +108,6 @@ def test_places(
     assert launcher.cpus_of_each == cpus
 
 
-@pytest.mark.xfail(strict=True, reason="an entry that ends CUDA's list of devices is taken for a GPU")
 @pytest.mark.parametrize(("visible", "gpus"), [("-1", []), ("NoDevFiles", []), ("0,-1,1", ["0"])])
 def test_cuda_sees_no_device_from_an_invalid_entry_on(
     visible: str, gpus: list[str], monkeypatch: pytest.MonkeyPatch
@@ -298,11 +297,7 @@ def test_one_job_s_failure_costs_the_others_nothing(kind: str, failing: dict[str
         ("not picklable", "RuntimeError: holds a lock"),
         ("not unpicklable", "1 and 2"),
         ("own pickle", "Expecting property name"),
-        pytest.param(
-            "exits",
-            "sys.exit('no more of this')",
-            marks=pytest.mark.xfail(strict=True, reason="sys.exit is told as a kill, its message is lost"),
-        ),
+        pytest.param("exits", "sys.exit('no more of this')"),
     ],
 )
 def test_a_failed_job_says_what_happened(kind: str, words: str, failing: dict[str, JobReturn]) -> None:
@@ -324,22 +319,17 @@ def test_the_error_is_the_one_that_was_raised(failing: dict[str, JobReturn]) -> 
         "not picklable",
         "not unpicklable",
         "exits",
-        pytest.param(
-            "own pickle",
-            marks=pytest.mark.xfail(strict=True, reason="the note is lost with an error that pickles itself"),
-        ),
+        pytest.param("own pickle"),
     ],
 )
 def test_a_failed_job_names_its_log(kind: str, failing: dict[str, JobReturn]) -> None:
     assert f"this is {kind}" in log_of(failing[kind]).read_text()
 
 
-@pytest.mark.xfail(strict=True, reason="the traceback is dropped: an error that is pickled loses it")
 def test_the_log_holds_the_traceback(failing: dict[str, JobReturn]) -> None:
     assert "ValueError: no good: raises" in log_of(failing["raises"]).read_text()
 
 
-@pytest.mark.xfail(strict=True, reason="what cannot be read back ends the launcher, and with it all other results")
 def test_a_return_value_that_cannot_be_read_back_costs_the_others_nothing(tmp_path: Path) -> None:
     def task(config: DictConfig) -> Any:
         class Unreadable:
@@ -354,7 +344,6 @@ def test_a_return_value_that_cannot_be_read_back_costs_the_others_nothing(tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="a job that leaves nothing returns what a former one of its process number left")
 def test_a_job_never_returns_what_a_former_one_left(tmp_path: Path) -> None:
     """Process numbers begin anew in every container; here in every call of unshare."""
     unshare = ["unshare", "--map-root-user", "--pid", "--fork", "--mount-proc"]
@@ -447,12 +436,7 @@ def interrupted(
     "visible",
     [
         "0",
-        pytest.param(
-            "GPU-1a",
-            marks=pytest.mark.xfail(
-                strict=True, reason="the shell that sets named GPUs gets the signal, and the job goes on"
-            ),
-        ),
+        pytest.param("GPU-1a"),
     ],
 )
 def test_ctrl_c_lets_jobs_save_and_starts_no_other(
@@ -469,7 +453,6 @@ def test_ctrl_c_lets_jobs_save_and_starts_no_other(
     assert sorted(file.name for file in tmp_path.glob("pid-*")) == ["pid-0"]
 
 
-@pytest.mark.xfail(strict=True, reason="SIGINT is blocked in submitit's controller, which was to kill at it")
 def test_a_job_that_does_not_listen_is_killed_after_a_while(
     interrupted: Callable[[LocalLauncher, Task], tuple[int, float]], tmp_path: Path
 ) -> None:
@@ -478,7 +461,6 @@ def test_a_job_that_does_not_listen_is_killed_after_a_while(
     assert 3.0 <= seconds < 7.0
 
 
-@pytest.mark.xfail(strict=True, reason="submitit ignores SIGTERM until the task has a handler of its own, and for good")
 def test_a_job_without_handlers_of_its_own_ends_at_ctrl_c(
     interrupted: Callable[[LocalLauncher, Task], tuple[int, float]], tmp_path: Path
 ) -> None:
@@ -531,6 +513,5 @@ def test_a_job_over_its_time_ends_and_the_others_go_on(over_time: dict[str, JobR
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="it is told as any other kill")
 def test_a_job_that_was_killed_at_its_time_limit_says_so(over_time: dict[str, JobReturn]) -> None:
     assert "hydra.launcher.time_min" in said(over_time["deaf"])

@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -144,10 +145,13 @@ class Application:
             raise ConfigError("--multirun: only training runs are swept")
         if any(word.lstrip("+").startswith("out=") for word in words):
             raise ConfigError("out=... together with --multirun: every trial has its own; say hydra.sweep.dir=FOLDER")
-        composed = load(hydra.config_loader, _first_point(words), self.config_name)
-        _check_sweep(composed)
+        above, first = _above_the_trials(words), _first_point(words, hydra.config_loader)
+        _check_sweep(load(hydra.config_loader, above, self.config_name))
         try:
             hydra.multirun(self.config_name, _Point(self, switches), [*words, "hydra.mode=MULTIRUN"])
+        except HydraException:
+            load(hydra.config_loader, first, self.config_name)  # raises it in our words
+            raise
         except KeyboardInterrupt as interrupt:
             raise interrupt.__cause__ or interrupt from None
 
@@ -189,6 +193,23 @@ def _check_sweep(composed: DictConfig) -> None:
         raise ConfigError(problems)
 
 
+def _above_the_trials(words: list[str]) -> list[str]:
+    """The words about launcher, sweeper and sweep, those with one value."""
+    overrides = OverridesParser.create().parse_overrides(words)
+    above = [o for o in overrides if o.key_or_group.startswith(("hydra.", "hydra/", "sweep."))]
+    return [str(override.input_line) for override in above if not override.is_sweep_override()]
+
+
+def _first_point(words: list[str], loader: ConfigLoader) -> list[str]:
+    """The first of the values of every word of a sweep; intervals, which only a search can sample, left out."""
+    overrides = OverridesParser.create(config_loader=loader).parse_overrides(words)
+    swept = [override for override in overrides if override.is_sweep_override()]
+    first = [list(islice(o.sweep_string_iterator(), 1)) for o in swept if o.is_discrete_sweep()]
+    keys = [o.get_key_element() for o in swept if o.is_discrete_sweep()]
+    chosen = [f"{key}={value}" for key, values in zip(keys, first, strict=True) for value in values]
+    return [str(override.input_line) for override in overrides if override not in swept] + chosen
+
+
 def _composing_switches(args: argparse.Namespace) -> list[str]:
     """The switches that decide, as the other words do, what is composed."""
     given = {
@@ -198,14 +219,6 @@ def _composing_switches(args: argparse.Namespace) -> list[str]:
         "--experimental-rerun": args.experimental_rerun,
     }
     return [f"{switch}={value}" for switch, value in given.items() if value is not None]
-
-
-def _first_point(words: list[str]) -> list[str]:
-    """The first of the values of every word of a sweep; intervals, which only a search can sample, left out."""
-    overrides = OverridesParser.create().parse_overrides(words)
-    swept = [override for override in overrides if override.is_sweep_override()]
-    first = [f"{o.get_key_element()}={next(o.sweep_string_iterator())}" for o in swept if o.is_discrete_sweep()]
-    return [str(override.input_line) for override in overrides if override not in swept] + first
 
 
 @contextmanager

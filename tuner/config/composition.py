@@ -25,8 +25,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from tuner.config.checking import problems_of
-from tuner.config.explaining import COMPOSE_ERRORS, explain, one_line
-from tuner.errors import ConfigError, IllegalCombination
+from tuner.config.explaining import COMPOSE_ERRORS, explain, one_line, unknown_key
+from tuner.errors import ConfigError, IllegalCombination, UnknownKey
 
 PRIMARY = "config"
 LOCAL_PATHS = ("model.path", "data.path")
@@ -123,6 +123,27 @@ def load(
         raise ConfigError(problems) from error
 
 
+def load_point(loader: ConfigLoader, master: DictConfig, words: Sequence[str]) -> DictConfig:
+    """The configuration of one point of a sweep, without Hydra's own node.
+
+    Args:
+        loader: of `config_loader`.
+        master: what the words of the whole sweep compose, with Hydra's own node.
+        words: of the point.
+
+    Raises:
+        ConfigError: as `compose`; UnknownKey where a word names a key that this point does not have.
+    """
+    try:
+        return without_hydra(loader.load_sweep_config(master, list(words)))
+    except COMPOSE_ERRORS as error:
+        key = unknown_key(error)
+        problems, _ = explain(error, words, lambda some: without_hydra(loader.load_sweep_config(master, list(some))))
+        if key is not None and len(problems) == 1:
+            raise UnknownKey(problems[0], key) from error
+        raise ConfigError(problems) from error
+
+
 def without_hydra(config: DictConfig) -> DictConfig:
     """A configuration without Hydra's own node, which is taken out in place."""
     with open_dict(config):
@@ -186,9 +207,8 @@ def check(config: DictConfig | Mapping[str, Any], command: str = "Run") -> None:
 
 
 def quoted(value: object) -> str:
-    """A value as Hydra's override grammar reads it back unchanged."""
-    text = str(value).replace("\\", "\\\\") if str(value).endswith("\\") else str(value)
-    return "'" + text.replace("'", "\\'") + "'"
+    """A value as Hydra's override grammar reads it back unchanged: backslashes count only before a quote."""
+    return "'" + re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), str(value)) + "'"
 
 
 def as_word(key: str, value: object) -> str:

@@ -52,6 +52,12 @@ def explain(
             return problems + [f"{word}: no such key; {_valid_beside(config, key)}" for key, word in unknown], config
 
 
+def unknown_key(error: Exception) -> str | None:
+    """The key that does not exist, where that is what Hydra complains of."""
+    found = UNKNOWN_KEY.search(str(error))
+    return found["key"] if found else None
+
+
 def _by_trial(error: Exception, words: Sequence[str], compose: Callable[[Sequence[str]], DictConfig]) -> list[str]:
     """The first word without which this error does not occur."""
     for word in words:

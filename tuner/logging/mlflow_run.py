@@ -38,6 +38,9 @@ _MAX_DIGEST_CHARACTERS = 36
 _MIGRATION_S = 300.0
 """How long to wait for another process that is creating the store (its migrations take seconds, more on a network)."""
 
+_LABELS = ("logger.run_name", "logger.tags", "logger.parent_run_id")
+"""Keys that name the run in MLflow; as params they would be the first ones in which the trials of a sweep differ."""
+
 _CHATTY = ("mlflow", "alembic", "sqlalchemy.engine", "urllib3.connectionpool")
 
 
@@ -216,11 +219,23 @@ class MlflowRun:
 
 
 def params_of(config: Mapping[str, Any]) -> dict[str, str]:
-    """The config as MLflow takes it: flat, every key allowed and unique, values of at most 6,000 characters."""
-    params: dict[str, str] = {}
+    """The config as MLflow takes it: flat, every key allowed and unique, values of at most 6,000 characters.
+
+    A group's member is a param too (`optimizer: adamw`), so that a swept group is an axis of MLflow's plots.
+    """
+    params: dict[str, str] = {group: name for group, node in config.items() if (name := _member(node))}
     for key, value in flatten(config).items():
+        if key.startswith(_LABELS):
+            continue
         params[_free(sanitise(key), params)] = without_password(str(value))[:MAX_VALUE_CHARACTERS]
     return params
+
+
+def _member(node: Any) -> str | None:
+    """What a group's member is called, as `optimizer=adamw` calls it; None for what is no member."""
+    if not isinstance(node, Mapping) or not isinstance(target := node.get("_target_"), str):
+        return None
+    return str(node.get("name") or target.split(".")[-2 if target.startswith("tuner.") else -1])
 
 
 def sanitise(key: str) -> str:
