@@ -76,8 +76,10 @@ class GridSweeper(Sweeper):
             finally:
                 rows = rows_of(folder, entries, objective)
                 results = write_results(rows, folder)
-                self.close(tracking, rows)
+                address = self.close(tracking, rows)
         table.show(rows, results, objective, self.switches, self.logs)
+        if address is not None:
+            say(f"compare  {address}")
         self.raise_unless_done(rows, {one.id for one in asked}, folder, interrupt)
         return returns
 
@@ -135,11 +137,12 @@ class GridSweeper(Sweeper):
                 self.logs[one.id] = [*getattr(error, "__notes__", [])]
         return returns
 
-    def close(self, tracking: Tracking, rows: Sequence[Row]) -> None:
+    def close(self, tracking: Tracking, rows: Sequence[Row]) -> str | None:
         try:
-            tracking.close(rows)
+            return tracking.close(rows)
         except TunerError as error:
             say(f"warning: MLflow: {error}")
+            return None
 
     def raise_unless_done(
         self, rows: Sequence[Row], asked: set[str], folder: SweepFolder, interrupt: KeyboardInterrupt | None

@@ -6,6 +6,7 @@ in parallel leave it alone (`logger.live=false`) and the sweep's own process rep
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -28,8 +29,8 @@ class Tracking(Protocol):
     def publish(self, out: Path) -> str | None:
         """Bring a run folder there, if the trial does not do so itself; returns what went wrong, in a line."""
 
-    def close(self, rows: Sequence[Row]) -> None:
-        """The end of the sweep."""
+    def close(self, rows: Sequence[Row]) -> str | None:
+        """The end of the sweep; returns how to look at it."""
 
 
 class NoTracking:
@@ -40,7 +41,8 @@ class NoTracking:
     def publish(self, out: Path) -> str | None:
         return None
 
-    def close(self, rows: Sequence[Row]) -> None: ...
+    def close(self, rows: Sequence[Row]) -> str | None:
+        return None
 
 
 class MlflowSweep:
@@ -93,7 +95,7 @@ class MlflowSweep:
     def publish(self, out: Path) -> str | None:
         return None if self.live else publish(out)
 
-    def close(self, rows: Sequence[Row]) -> None:
+    def close(self, rows: Sequence[Row]) -> str | None:
         from tuner import tracking
 
         for row in rows:
@@ -109,8 +111,18 @@ class MlflowSweep:
                 for name in (SWEEP, RESULTS):
                     self._run.artifact(self.folder.path / name)
                 self._run.end("finished" if done else "failed", summary, complete=True)
+                return self._address()
         except tracking.store_errors() as problem:
             raise TunerError(f"the end of the sweep did not reach MLflow ({problem})") from problem
+
+    def _address(self) -> str:
+        """The runs table of the experiment: MLflow opens on pages that show none of it."""
+        uri = self._run.tracking_uri
+        experiment = self._run.client.get_run(self._run.run_id).info.experiment_id
+        page = f"/#/experiments/{experiment}/runs?workflowType=machine_learning"
+        if uri.startswith(("http://", "https://")):
+            return f"{uri.rstrip('/')}{page}"
+        return f"mlflow ui --backend-store-uri {shlex.quote(uri)}  # then http://127.0.0.1:5000{page}"
 
 
 def publish(out: Path) -> str | None:

@@ -63,6 +63,12 @@ def run_submitted(config: DictConfig) -> float | None:
         return run_trial(Path(HydraConfig.get().runtime.output_dir)).objective
     except Interrupted as stopped:
         raise KeyboardInterrupt(str(stopped)) from stopped
+    except TunerError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        raise
+    except Exception:
+        traceback.print_exc()  # Hydra keeps the error and drops where it came from
+        raise
 
 
 def run_trial(out: Path) -> Summary:
@@ -80,10 +86,6 @@ def run_trial(out: Path) -> Summary:
     except Interrupted:
         raise
     except Exception as error:
-        if isinstance(error, TunerError):
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        else:
-            traceback.print_exc()
         record_death(out, f"{type(error).__name__}: {error}")
         raise
 

@@ -117,6 +117,9 @@ def test_the_printed_command_reproduces_the_best_trial_to_the_bit(shell: Any, he
 def test_mlflow_has_one_parent_and_a_child_a_trial(shell: Any, here: tuple[Any, Path]) -> None:
     _, folder = here
     parent, children = sweep_in_mlflow(shell, folder)
+    page = f"/#/experiments/{parent.info.experiment_id}/runs?workflowType=machine_learning"
+    (line,) = [line for line in here[0].out.splitlines() if line.startswith("compare  mlflow ui ")]
+    assert line.endswith(page)
     rows = {row["trial"]: row for row in results(folder)}
     assert parent.info.status == "FAILED"  # not every point finished
     assert parent.data.metrics["trials"] == 6
