@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 from hydra.test_utils.launcher_common_tests import LauncherTestSuite
 
