@@ -34,7 +34,8 @@ class ClusterShell(Shell):
         return done.stdout
 
     def sweep(self, name: str, *words: str) -> subprocess.Popen[str]:
-        return self.start("-m", *TINY, *self.data, *SLURM, f"hydra.sweep.dir={self.folder / name}", *words)
+        data = self.data if not any(word.startswith("data.path=") for word in words) else self.data[:1] + self.data[2:]
+        return self.start("-m", *TINY, *data, *SLURM, f"hydra.sweep.dir={self.folder / name}", *words)
 
     def job_of(self, trial: Path) -> str:
         """The job that runs a trial, from what its process printed."""
