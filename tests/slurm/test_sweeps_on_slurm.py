@@ -214,14 +214,15 @@ REFUSED = {
 
 @pytest.mark.parametrize("word", REFUSED)
 def test_what_slurm_refuses_is_said_in_its_words_before_anything_is_written(word: str, shell: ClusterShell) -> None:
-    before = shell.ask("squeue", "--noheader", "--states=all")
+    jobs = ("squeue", "--noheader", "--states=all", "--format=%i")  # not their states: some are still ending
+    before = shell.ask(*jobs)
     done = shell.end(shell.sweep("refused", "seed=0,1", word))
     assert done.code == 2
     assert done.err.startswith("error: hydra/launcher=slurm: ")
     assert REFUSED[word] in done.err
     assert len(done.err.splitlines()) == 1
     assert not (shell.folder / "refused").exists()
-    assert shell.ask("squeue", "--noheader", "--states=all") == before
+    assert shell.ask(*jobs) == before
 
 
 def test_further_options_and_commands_reach_the_job(shell: ClusterShell) -> None:

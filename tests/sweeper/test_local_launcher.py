@@ -124,8 +124,8 @@ ENOUGH = (
 @pytest.mark.parametrize(
     ("visible", "gpus", "max_parallel", "sentence"),
     [
-        ("0,1,2,3", 5, None, "hydra.launcher.gpus=5: this machine shows 4"),
-        ("", 1, None, "hydra.launcher.gpus=1: this machine shows 0"),
+        ("0,1,2,3", 5, None, "hydra.launcher.gpus=5: this machine shows 4 GPUs"),
+        ("", 1, None, "hydra.launcher.gpus=1: this machine shows 0 GPUs"),
         ("0,1,2,3", 2, 3, ENOUGH.format(3, 2, 4, 2)),
         ("GPU-1a", None, 2, ENOUGH.format(2, 1, 1, 1)),
     ],
