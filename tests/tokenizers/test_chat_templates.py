@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -144,28 +145,86 @@ def _with_template(folder: Path, target: Path, template: str, **config: Any) -> 
     return target
 
 
+@pytest.mark.parametrize("found_by_rendering", [True, False], ids=["rendering", "generation blocks"])
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("kind", TOKENIZERS)
 def test_text_ids_and_masks_equal_those_of_transformers(
-    kind: str, template: str, trained_tokenizers: dict[str, Path], tmp_path: Path
+    found_by_rendering: bool, kind: str, template: str, trained_tokenizers: dict[str, Path], tmp_path: Path
 ) -> None:
     folder = _with_template(trained_tokenizers[kind], tmp_path / "model", TEMPLATES[template])
-    ours, reference = HuggingFaceTokenizer(folder), AutoTokenizer.from_pretrained(folder)
+    reference = AutoTokenizer.from_pretrained(folder)
+    source = re.sub("{% (end)?generation %}", "", TEMPLATES[template]) if found_by_rendering else TEMPLATES[template]
+    ours = HuggingFaceTokenizer(_with_template(trained_tokenizers[kind], tmp_path / "ours", source))
     encoded = ours.encode_chats(list(CONVERSATIONS.values()))
     for (name, messages), (ids, mask) in zip(CONVERSATIONS.items(), encoded, strict=True):
+        if (kind, name) == ("sentencepiece-like", "the words of the template"):
+            continue  # see the next test
         for prompt in (False, True):
             settings = {"add_generation_prompt": prompt}
             assert ours.render_chat(messages, **settings) == reference.apply_chat_template(
                 messages, tokenize=False, **settings
             )
-            expected_ids = reference.apply_chat_template(messages, tokenize=True, return_dict=False, **settings)
-            assert ours.apply_chat_template(messages, **settings) == expected_ids
+            assert ours.apply_chat_template(messages, **settings) == _ids(reference, messages, **settings)
+        assert (ids, mask) == ours.encode_chat(messages)
+        assert ids == _ids(reference, messages)
         expected = reference.apply_chat_template(
             messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
         )
-        assert ids == expected["input_ids"]
-        assert (ids, mask) == ours.encode_chat(messages)
-        assert mask == [bool(trained) for trained in expected["assistant_masks"]], name
+        if ids == expected["input_ids"]:
+            assert mask == [bool(trained) for trained in expected["assistant_masks"]], name
+        else:
+            assert name == "the words of the template"
+
+
+def test_words_of_the_template_are_text_though_the_vocabulary_merges_them(
+    trained_tokenizers: dict[str, Path], tmp_path: Path
+) -> None:
+    """The letters of `<|im_end|>` have merges that lead to the token itself, which transformers refuses."""
+    folder = _with_template(trained_tokenizers["sentencepiece-like"], tmp_path / "model", TEMPLATES["SmolLM2"])
+    ours, reference = HuggingFaceTokenizer(folder), AutoTokenizer.from_pretrained(folder)
+    messages = CONVERSATIONS["the words of the template"]
+    with pytest.raises(ValueError, match="the tokenizer produces it from plain text"):
+        _ids(reference, messages)
+    ids, mask = ours.encode_chat(messages)
+    assert ours.decode(ids) == ours.render_chat(messages)
+    im_start, im_end = (SPECIALS.index(token) for token in ("<|im_start|>", "<|im_end|>"))
+    assert [id_ for id_ in ids if id_ < len(SPECIALS)] == [im_start, im_end] * 3  # the system's turn too
+    trained = [id_ for id_, is_reply in zip(ids, mask, strict=True) if is_reply]
+    assert ours.decode(trained).strip() == messages[1]["content"] + "<|im_end|>"
+    assert [id_ for id_ in trained if id_ < len(SPECIALS)] == [im_end]
+
+
+def test_marks_in_a_message_and_words_that_the_template_cuts(
+    trained_tokenizers: dict[str, Path], tmp_path: Path
+) -> None:
+    """No character of a message can pass for a mark, and a word that is not written marks nothing."""
+    template = "{% for m in messages %}{{ m.content.split('</s>')[0] + eos_token }}{% endfor %}"
+    folder = _with_template(trained_tokenizers["byte-level"], tmp_path / "model", template)
+    ours, reference = HuggingFaceTokenizer(folder), AutoTokenizer.from_pretrained(folder)
+    for content in ("a</s>b<s></s>", "</s></s>", "<s>a</s>", "\ue000</s>\ue001<|im_end|>\ue001", "\ue000<s>\ue001</s>"):
+        messages = [{"role": "user", "content": content}]
+        ids = ours.apply_chat_template(messages)
+        assert ids == _ids(reference, messages)
+        assert ids.count(ours.eos_id) == 1
+        assert ours.decode(ids) == ours.render_chat(messages)
+
+
+def test_a_template_that_takes_words_of_messages_for_its_own_is_refused(
+    trained_tokenizers: dict[str, Path], tmp_path: Path
+) -> None:
+    template = "{% for m in messages %}{{ m.content if m.content.startswith('</s>') else 'none' }}{% endfor %}"
+    tokenizer = HuggingFaceTokenizer(_with_template(trained_tokenizers["byte-level"], tmp_path / "model", template))
+    with pytest.raises(ModelError, match=r"treats special tokens in .* as its own"):
+        tokenizer.apply_chat_template([{"role": "user", "content": "</s>a"}])
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "a"}]) == tokenizer.encode("none")
+
+
+def _ids(reference: Any, messages: list[dict[str, str]], **settings: bool) -> list[int]:
+    """transformers' ids, with the words of the template in messages as text."""
+    found: list[int] = reference.apply_chat_template(
+        messages, tokenize=True, return_dict=False, sanitize_control_tokens=True, **settings
+    )
+    return found
 
 
 def test_jinja_environment_equals_transformers(trained_tokenizers: dict[str, Path], tmp_path: Path) -> None:
@@ -250,5 +309,5 @@ def test_chatml_of_tiny_equals_transformers(tmp_path: Path) -> None:
     ours, reference = HuggingFaceTokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
     assert reference.chat_template == CHATML
     for messages in CONVERSATIONS.values():
-        expected = reference.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        expected = _ids(reference, messages, add_generation_prompt=True)
         assert ours.apply_chat_template(messages, add_generation_prompt=True) == expected

@@ -28,9 +28,12 @@ def _configure(folder: Path, name: str = "tokenizer_config.json", **settings: ob
 
 def test_tiny_is_the_same_in_transformers(folder: Path) -> None:
     ours, reference = load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
-    assert ours.encode(TEXT) == reference.encode(TEXT, add_special_tokens=False)
-    assert ours.decode(ours.encode(TEXT)) == TEXT
-    assert ours.decode(ours.encode(TEXT), skip_special_tokens=True) == TEXT.replace("<|im_end|>", "")
+    ids = ours.encode(TEXT, control_tokens=True)
+    assert ids == reference.encode(TEXT, add_special_tokens=False)
+    assert ours.decode(ids) == TEXT
+    assert ours.decode(ids, skip_special_tokens=True) == TEXT.replace("<|im_end|>", "")
+    assert ours.encode(TEXT) == reference.encode(TEXT, add_special_tokens=False, split_special_tokens=True)
+    assert ours.decode(ours.encode(TEXT), skip_special_tokens=True) == TEXT
     assert ours.vocab_size == len(reference) <= 512
     assert (ours.eos_id, ours.pad_id) == (reference.eos_token_id, reference.pad_token_id)
 
@@ -50,7 +53,25 @@ def test_settings_of_the_last_call_in_tokenizer_json_are_dropped(folder: Path) -
     tokenizer.enable_truncation(3)
     tokenizer.enable_padding(length=500)
     tokenizer.save(str(folder / "tokenizer.json"))
-    assert load_tokenizer(folder).encode(TEXT) == expected
+    assert load_tokenizer(folder).encode(TEXT, control_tokens=True) == expected
+
+
+def test_a_role_makes_a_token_of_the_vocabulary_special(folder: Path) -> None:
+    """As transformers does, for a `tokenizer.json` that does not list its end token among those that are added."""
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] != "<|im_end|>"]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    ours, reference = load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+    assert ours.encode(TEXT, control_tokens=True) == reference.encode(TEXT, add_special_tokens=False)
+    ids = ours.encode(TEXT, control_tokens=True)
+    assert ids.count(ours.eos_id) == 1
+    assert ours.encode(TEXT) == reference.encode(TEXT, add_special_tokens=False, split_special_tokens=True)
+    assert ours.eos_id not in ours.encode(TEXT)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    _configure(folder, **settings, additional_special_tokens=["Ġthe"])
+    ours, reference = load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+    ids = ours.encode("of Ġthe words", control_tokens=True)
+    assert ids == reference.encode("of Ġthe words", add_special_tokens=False)
 
 
 def test_end_and_padding_tokens_come_from_the_first_file_that_names_them(folder: Path) -> None:
@@ -66,6 +87,23 @@ def test_end_and_padding_tokens_come_from_the_first_file_that_names_them(folder:
     _configure(folder, eos_token="<|endoftext|>", pad_token="<|im_start|>")
     tokenizer = load_tokenizer(folder)
     assert (tokenizer.eos_id, tokenizer.pad_id) == (endoftext, im_start)
+
+
+def test_a_text_ends_where_generate_of_transformers_ends_it_and_a_reply_where_the_template_does(folder: Path) -> None:
+    endoftext, im_start, im_end = range(3)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    _configure(folder, **{**config, "eos_token": "<|endoftext|>"})
+    tokenizer = load_tokenizer(folder)
+    assert (tokenizer.end_ids, tokenizer.reply_end_ids) == ({endoftext}, {endoftext, im_end})
+    _configure(folder, "config.json", eos_token_id=5)
+    assert load_tokenizer(folder).end_ids == {endoftext, 5}
+    _configure(folder, "generation_config.json", eos_token_id=[im_start, 6])
+    tokenizer = load_tokenizer(folder)
+    assert (tokenizer.end_ids, tokenizer.reply_end_ids) == ({endoftext, im_start, 6}, {endoftext, im_start, 6, im_end})
+    plain = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
+    _configure(folder, **{**config, "eos_token": "<|endoftext|>", "chat_template": plain})
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.reply_end_ids == tokenizer.end_ids, "a template that ends replies with no token"
 
 
 def test_saved_folder_is_the_loaded_one(folder: Path, tmp_path: Path) -> None:

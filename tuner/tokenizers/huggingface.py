@@ -1,4 +1,4 @@
-"""Tokenizers of Hugging Face folders: `tokenizer.json`, run by the `tokenizers` library, with its chat template.
+"""Tokenizers of Hugging Face folders: `tokenizer.json`, run by the `tokenizers` library.
 
 transformers builds the same from the same files, but costs seconds to import and is no dependency of a run.
 """
@@ -6,153 +6,161 @@ transformers builds the same from the same files, but costs seconds to import an
 from __future__ import annotations
 
 import json
-import shutil
-from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from tokenizers import Encoding
+from tokenizers import AddedToken as FastAddedToken
 from tokenizers import Tokenizer as FastTokenizer
 
 from tuner.errors import ModelError
-from tuner.tokenizers.chat_template import ChatTemplate, ReplySpan
-from tuner.types import Message
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-)
-"""Every file that may belong to a tokenizer; only the first has to exist."""
-
-_SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
+from tuner.tokenizers.added_tokens import AddedToken, AddedTokens, Behind, Encoded, MarkedText, Run
+from tuner.tokenizers.folder import FolderTokenizer
+from tuner.tokenizers.steps import parts_of, words_are_apart
+from tuner.tokenizers.words import Words
 
 
-class HuggingFaceTokenizer:
-    """See `tuner.types.Tokenizer`. The chat template is compiled at its first use.
+class FastFolderTokenizer(FolderTokenizer):
+    """A folder's tokenizer that the `tokenizers` library runs.
 
-    `pad_id` is `eos_id` where the folder names no padding token; padding is never trained on either way.
+    Args:
+        folder: holds the files.
+        tokenizer: its vocabulary and rules.
+        roles: special tokens by role, where the folder's other files name none.
+    """
+
+    def __init__(self, folder: Path, tokenizer: FastTokenizer, roles: dict[str, str]) -> None:
+        super().__init__(folder, roles)
+        self._tokenizer = tokenizer
+        self._find_roles_in_text()
+        self.vocab_size = tokenizer.get_vocab_size(with_added_tokens=True)
+        self._find_ids()
+
+    def _find_roles_in_text(self) -> None:
+        """Let special tokens that the vocabulary has be found in a text, where `tokenizer.json` does not list them."""
+        listed = {token.content for token in self._tokenizer.get_added_tokens_decoder().values()}
+        names = [name for name in dict.fromkeys(self._named_special()) if name not in listed]
+        found = [name for name in names if self._tokenizer.token_to_id(name) is not None]
+        self._tokenizer.add_special_tokens([FastAddedToken(name, special=True, normalized=False) for name in found])
+
+    @cached_property
+    def added(self) -> AddedTokens:
+        return AddedTokens(
+            AddedToken(
+                token.content,
+                id_,
+                special=token.special,
+                control=self._is_control(token.content, special=token.special),
+                lstrip=token.lstrip,
+                rstrip=token.rstrip,
+                single_word=token.single_word,
+            )
+            for id_, token in self._tokenizer.get_added_tokens_decoder().items()
+        )
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def _around_by_default(self) -> tuple[list[int], list[int]]:
+        bare, around = (self._tokenizer.encode("x", add_special_tokens=add).ids for add in (False, True))
+        at = next(k for k in range(len(around)) if around[k : k + len(bare)] == bare)
+        return around[:at], around[at + len(bare) :]
+
+    def _id_of_token(self, token: str) -> int | None:
+        return self._tokenizer.token_to_id(token)
+
+    def _token_of_id(self, id_: int) -> str | None:
+        return self._tokenizer.id_to_token(id_)
+
+    def _learn(self, tokens: Sequence[str]) -> list[int]:
+        # `normalized=False`: matched as it is written, before a normalizer puts marks in place of spaces.
+        self._tokenizer.add_tokens([FastAddedToken(token, special=False, normalized=False) for token in tokens])
+        for made in ("added", "_words", "_without_control"):
+            self.__dict__.pop(made, None)
+        self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
+        return [cast(int, self._tokenizer.token_to_id(token)) for token in tokens]
+
+    def save(self, folder: Path) -> None:
+        super().save(folder)
+        if self._new_tokens:
+            self._tokenizer.save(str(folder / "tokenizer.json"))
+
+    def _encode(self, texts: Sequence[MarkedText]) -> list[Encoded]:
+        unmarked = [marked.text for marked in texts if not marked.plain]
+        by_itself = iter(self._words.encode(unmarked) if self._words else self._encode_whole(unmarked))
+        return [self._encode_runs(marked, only_control=True) if marked.plain else next(by_itself) for marked in texts]
+
+    @cached_property
+    def _words(self) -> Words | None:
+        """The words of texts, where they have tokens of their own."""
+        return Words(self._tokenizer) if words_are_apart(self._tokenizer) else None
+
+    def _encode_whole(self, texts: Sequence[str]) -> list[Encoded]:
+        encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
+        # By their ends: byte-level tokenizers may leave the space that a token begins with out of its offsets
+        return [
+            Encoded(encoding.ids, self.added.ends(text, encoding.ids, encoding.offsets))
+            for text, encoding in zip(texts, encodings, strict=True)
+        ]
+
+    def _encode_run(self, text: str, run: Run) -> Encoded:
+        encoding = self._without_control[run.behind].encode(text[run.start : run.stop], add_special_tokens=False)
+        if run.stop - run.start > 1 and not self.added.control_ids.isdisjoint(encoding.ids):
+            # The vocabulary itself merges letters into a control token: let no two of them meet
+            encoded = [self._encode_run(text, letter) for letter in run.letters()]
+            return Encoded([i for one in encoded for i in one.ids], [end for one in encoded for end in one.ends])
+        return Encoded(encoding.ids, [run.start + end for _, end in encoding.offsets])
+
+    @cached_property
+    def _without_control(self) -> dict[Behind, FastTokenizer]:
+        """The same tokenizer that knows no control tokens, by what is before the text it is to encode.
+
+        The space that begins a text is put by some before its first letters alone, by some behind added tokens too, and
+        by none within a text.
+        """
+        content = json.loads(self._tokenizer.to_str())
+        for token in content["added_tokens"]:
+            token["special"] = token["content"] in self.added.control
+        found: dict[Behind, FastTokenizer] = {}
+        behinds: tuple[Behind, ...] = ("nothing", "token", "text")
+        for behind in behinds:
+            found[behind] = FastTokenizer.from_str(json.dumps(_without_space(content, behind)))
+            found[behind].encode_special_tokens = True
+        return found
+
+
+class HuggingFaceTokenizer(FastFolderTokenizer):
+    """The tokenizer in a folder's `tokenizer.json`; see `tuner.types.Tokenizer`.
 
     Raises:
         ModelError: if the folder has no `tokenizer.json`, or its files are damaged or name no end token.
     """
 
-    vocab_size: int
-    eos_id: int
-    pad_id: int
+    vocabulary_file = "tokenizer.json"
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._tokenizer = _read_tokenizer_json(folder)
-        self._config = _read_json(folder / "tokenizer_config.json")
-        self.special_tokens = self._find_special_tokens()
-        self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
-        self.eos_id = self._find_eos_id()
-        self.pad_id = self._id_of("pad_token") if "pad_token" in self.special_tokens else self.eos_id
-        added = self._tokenizer.get_added_tokens_decoder()
-        self._end_ids = {id_ for id_, token in added.items() if token.special} | {self.eos_id}
+        super().__init__(folder, _read_tokenizer_json(folder), {})
 
-    def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
 
-    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
-        return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+def _without_space(content: Mapping[str, Any], behind: Behind) -> dict[str, Any]:
+    """A `tokenizer.json` without the rules that put a space before a text, as far as they do not apply there."""
+    if behind == "nothing":
+        return dict(content)
+    parts = {key: parts_of(content[key], inner) for key, inner in STEPS.items()}
+    for part in parts["pre_tokenizer"]:
+        if part["type"] == "Metaspace" and (behind == "text" or part.get("prepend_scheme") == "first"):
+            part["prepend_scheme"] = "never"
+        if part["type"] == "ByteLevel" and behind == "text":
+            part["add_prefix_space"] = False
+    if behind == "text":
+        parts["normalizer"] = [part for part in parts["normalizer"] if part["type"] != "Prepend"]
+    steps = {key: {"type": "Sequence", STEPS[key]: parts[key]} if parts[key] else None for key in STEPS}
+    return {**content, **steps}
 
-    def render_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
-        return self.chat_template.render(messages, add_generation_prompt=add_generation_prompt)
 
-    def apply_chat_template(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> list[int]:
-        return self.encode(self.render_chat(messages, add_generation_prompt=add_generation_prompt))
-
-    def encode_chat(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
-        return self.encode_chats([messages])[0]
-
-    def encode_chats(self, conversations: Sequence[Sequence[Message]]) -> list[tuple[list[int], list[bool]]]:
-        """`encode_chat` of many conversations, tokenized on all cores.
-
-        A token counts as the assistant's if it ends within the reply or is the end token behind it: the first special
-        token that follows the reply's text within its turn. A template that writes none gets none.
-
-        Raises:
-            ModelError: if there is no chat template, or it fails on a conversation.
-        """
-        rendered = [self.chat_template.render_with_replies(messages) for messages in conversations]
-        encodings = self._tokenizer.encode_batch([text for text, _ in rendered], add_special_tokens=False)
-        return [
-            (encoding.ids, self._reply_mask(encoding, replies))
-            for encoding, (_, replies) in zip(encodings, rendered, strict=True)
-        ]
-
-    def _reply_mask(self, encoding: Encoding, replies: Sequence[ReplySpan]) -> list[bool]:
-        ids, offsets = encoding.ids, encoding.offsets
-        # By their ends: byte-level tokenizers may leave the space that a token begins with out of its offsets
-        ends = [end for _, end in offsets]
-        mask = [False] * len(ids)
-        for reply in replies:
-            first, last = bisect_right(ends, reply.start), bisect_right(ends, reply.stop)
-            behind = bisect_right(ends, reply.content_end, first, last)
-            end_token = next((k for k in range(behind, last) if ids[k] in self._end_ids), None)
-            until = behind if end_token is None else end_token + 1
-            mask[first:until] = [True] * (until - first)
-        return mask
-
-    def save(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in TOKENIZER_FILES:
-            source, target = self.folder / name, folder / name
-            if source.exists() and not (target.exists() and target.samefile(source)):
-                shutil.copyfile(source, target)
-
-    @cached_property
-    def chat_template(self) -> ChatTemplate:
-        """The folder's chat template.
-
-        Raises:
-            ModelError: if there is none, as with most base models.
-        """
-        file = self.folder / "chat_template.jinja"
-        source = file.read_text(encoding="utf-8") if file.exists() else self._config.get("chat_template")
-        if isinstance(source, list):  # several named ones; `default` is the one for plain conversations
-            source = {entry["name"]: entry["template"] for entry in source}.get("default")
-        if not source:
-            raise ModelError(
-                f"{self.folder} has no chat template (neither chat_template.jinja nor chat_template in"
-                " tokenizer_config.json), as is usual for a base model: take its instruct version or put a"
-                " chat_template.jinja into the folder"
-            )
-        return ChatTemplate(source, self.special_tokens, str(self.folder))
-
-    def _find_special_tokens(self) -> dict[str, str]:
-        """Special tokens by role; `tokenizer_config.json` wins over the older `special_tokens_map.json`."""
-        named = {**_read_json(self.folder / "special_tokens_map.json"), **self._config}
-        tokens = {role: named[role] for role in _SPECIAL_TOKENS if named.get(role)}
-        return {role: token["content"] if isinstance(token, dict) else token for role, token in tokens.items()}
-
-    def _find_eos_id(self) -> int:
-        if "eos_token" in self.special_tokens:
-            return self._id_of("eos_token")
-        for name in ("generation_config.json", "config.json"):
-            eos_id = _read_json(self.folder / name).get("eos_token_id")
-            if eos_id is not None:
-                return int(eos_id[0] if isinstance(eos_id, list) else eos_id)
-        raise ModelError(
-            f"{self.folder} names no end token: looked for eos_token in tokenizer_config.json and"
-            " special_tokens_map.json, and for eos_token_id in generation_config.json and config.json"
-        )
-
-    def _id_of(self, role: str) -> int:
-        token = self.special_tokens[role]
-        id_ = self._tokenizer.token_to_id(token)
-        if id_ is None:
-            raise ModelError(f"{self.folder}: the {role} {token!r} is not in tokenizer.json")
-        return id_
+STEPS = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers"}
+"""Of what happens to a text before its words become tokens, and where a sequence of such steps has them."""
 
 
 def _read_tokenizer_json(folder: Path) -> FastTokenizer:
@@ -168,16 +176,3 @@ def _read_tokenizer_json(folder: Path) -> FastTokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    """The object in `file`, empty if there is no such file."""
-    if not file.exists():
-        return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ModelError(f"{file} holds a {type(content).__name__}, not an object")
-    return content
