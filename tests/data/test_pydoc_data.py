@@ -17,6 +17,7 @@ from tuner.tokenizers.huggingface import HuggingFaceTokenizer
 from tuner.tokenizers.tiny import write_tiny_tokenizer
 from tuner.types import IGNORE, Dataset, Sample
 
+UNCACHED = ("response", False, None, None, False, 100, "none", None)
 LIBRARY = Path(sysconfig.get_paths()["stdlib"])
 
 SOURCE = '''
@@ -69,7 +70,7 @@ def examples() -> list[Example]:
 @pytest.fixture(scope="module")
 def dataset(tokenizer: HuggingFaceTokenizer) -> Dataset:
     """All of it, every validation pair included."""
-    return PyDoc(0.1, 2048, "refuse", None, None).load(tokenizer)
+    return PyDoc(0.1, 2048, "refuse", None, None, *UNCACHED).load(tokenizer)
 
 
 def _reply(sample: Sample, tokenizer: HuggingFaceTokenizer) -> str:
@@ -138,7 +139,7 @@ def test_only_reply_and_its_end_are_trained_on(dataset: Dataset, tokenizer: Hugg
 
 
 def test_counts_add_up(dataset: Dataset, tokenizer: HuggingFaceTokenizer) -> None:
-    few = PyDoc(0.1, 100, "drop", 500, 96).load(tokenizer)
+    few = PyDoc(0.1, 100, "drop", 500, 96, *UNCACHED).load(tokenizer)
     assert few.counts["train"] == len(few.train)
     assert few.counts["validation"] == len(few.validation)
     unread = ("train_unused", "validation_unused", "duplicates", "empty", "dropped", "nothing_trained")
@@ -151,7 +152,7 @@ def test_counts_add_up(dataset: Dataset, tokenizer: HuggingFaceTokenizer) -> Non
 
 
 def test_chosen_samples_are_spread_over_the_library(dataset: Dataset, tokenizer: HuggingFaceTokenizer) -> None:
-    few = PyDoc(0.1, 2048, "refuse", 300, 96).load(tokenizer)
+    few = PyDoc(0.1, 2048, "refuse", 300, 96, *UNCACHED).load(tokenizer)
     everything = [sample.tokens for sample in dataset.train]
     places = [everything.index(sample.tokens) for sample in few.train]
     assert places == sorted(places)
@@ -160,10 +161,12 @@ def test_chosen_samples_are_spread_over_the_library(dataset: Dataset, tokenizer:
     assert few.validation == dataset.validation[:96]
 
 
+@pytest.mark.slow
 def test_two_processes_give_one_fingerprint(dataset: Dataset, tokenizer: HuggingFaceTokenizer) -> None:
     code = (
         "from tuner.data.pydoc import PyDoc; from tuner.tokenizers import load_tokenizer;"
-        f"print(PyDoc(0.1, 2048, 'refuse', None, None).load(load_tokenizer({str(tokenizer.folder)!r})).fingerprint)"
+        f"data = PyDoc(0.1, 2048, 'refuse', None, None, *{UNCACHED});"
+        f"print(data.load(load_tokenizer({str(tokenizer.folder)!r})).fingerprint)"
     )
     processes = [
         subprocess.Popen(

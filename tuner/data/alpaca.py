@@ -1,13 +1,15 @@
-"""Instructions in the Alpaca layout: objects with `instruction`, `input` (may be empty or absent) and `output`."""
+"""Instructions in the Alpaca layout: rows of an instruction, an input (may be empty or absent) and an output."""
 
 from __future__ import annotations
 
 import json
-from typing import Literal
+from dataclasses import dataclass
+from typing import ClassVar
 
-from tuner.data.dataset import Example, Preparation
-from tuner.data.records import Record, read_records
-from tuner.types import Dataset, Fraction, Message, PositiveInt, Tokenizer
+from tuner.data.dataset import Example
+from tuner.data.layout import Layout
+from tuner.data.records import Record
+from tuner.types import Message
 
 # The wording of https://github.com/tatsu-lab/stanford_alpaca, on which models of this kind were trained
 PROMPT_WITH_INPUT = (
@@ -22,41 +24,28 @@ PROMPT_WITHOUT_INPUT = (
 )
 
 
-class Alpaca:
-    """A `DataSource` over one local file; the prompt is the user's message, `output` the reply.
+@dataclass(frozen=True)
+class Alpaca(Layout):
+    """The prompt is the user's message, the output the reply.
 
     Args:
-        path: a .jsonl file, or a .json file that holds one array.
-        val_fraction: share of the distinct examples that is set aside for validation.
-        max_seq_len: tokens of a sample at most.
-        too_long: what happens to a longer one.
-        max_samples: training examples at most, None for all.
-        max_val_samples: validation examples at most, None for all that were set aside.
+        instruction_column: texts that say what to do.
+        input_column: texts that it is to be done with; a row may lack it. None for no such column.
+        output_column: the replies.
     """
 
-    def __init__(
-        self,
-        path: str,
-        val_fraction: Fraction,
-        max_seq_len: PositiveInt,
-        too_long: Literal["truncate", "drop", "refuse"],
-        max_samples: PositiveInt | None,
-        max_val_samples: PositiveInt | None,
-    ) -> None:
-        self.path = path
-        self.preparation = Preparation(val_fraction, max_seq_len, too_long, max_samples, max_val_samples)
+    instruction_column: str
+    input_column: str | None
+    output_column: str
 
-    def load(self, tokenizer: Tokenizer) -> Dataset:
-        examples = [_example(record) for record in read_records(self.path)]
-        return self.preparation.prepare("alpaca", examples, tokenizer)
+    name: ClassVar = "alpaca"
 
-
-def _example(record: Record) -> Example:
-    instruction, output = record.text("instruction"), record.text("output")
-    context = record.text("input") if record.fields.get("input") is not None else ""
-    prompt = PROMPT_WITH_INPUT if context else PROMPT_WITHOUT_INPUT
-    messages: list[Message] = [
-        {"role": "user", "content": prompt.format(instruction=instruction, input=context)},
-        {"role": "assistant", "content": output},
-    ]
-    return Example(messages, key=json.dumps([instruction, context, output]), origin=record.origin)
+    def example_of(self, record: Record) -> Example:
+        instruction, output = record.text(self.instruction_column), record.text(self.output_column)
+        context = record.text_if_any(self.input_column)
+        prompt = PROMPT_WITH_INPUT if context else PROMPT_WITHOUT_INPUT
+        messages: list[Message] = [
+            {"role": "user", "content": prompt.format(instruction=instruction, input=context)},
+            {"role": "assistant", "content": output},
+        ]
+        return Example(messages, key=json.dumps([instruction, context, output]), origin=record.origin)

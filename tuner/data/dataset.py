@@ -1,69 +1,130 @@
 """From conversations to a tokenized dataset: what every source of data does after reading its files.
 
-The order matters. Duplicates go first, then examples are split by a digest of their key, so that no key is on both
-sides and equal files give equal splits in every process; then `max_samples` and `max_val_samples` choose by the same
-digest (a fixed random choice, not the head of the file); only what is left is rendered and tokenized.
+Two passes over the source. The first decides which examples are used (`choice`) and keeps no text; the second encodes
+those alone, in chunks, and writes them to flat files (`preparing`), where a run finds them again as long as nothing
+that they are made of has changed (`cache`). Neither holds more than a few chunks in memory, whatever the file's size.
 """
 
 from __future__ import annotations
 
 import hashlib
-from array import array
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+import inspect
+import json
+import sys
+import tempfile
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
 
-import numpy as np
+from tuner.cache import cache_folder
+from tuner.data.cache import cached_dataset, read_entry
+from tuner.data.encoding import Encoder
+from tuner.data.order import Grouped, Order, Packed, Shuffled
+from tuner.data.preparing import prepare
+from tuner.data.samples import StoredSamples
+from tuner.data.streaming import stream
+from tuner.errors import ConfigError
+from tuner.types import Dataset, Fraction, Message, PositiveInt, Tokenizer
 
-from tuner.errors import ConfigError, DataError
-from tuner.types import IGNORE, Dataset, Dialogue, Message, Sample, Tokenizer
-
-NUM_DIALOGUES = 8
-"""Validation examples that are kept as text too."""
-
-_CHUNK = 1024  # conversations encoded at once: what the encoder says of each takes far more room than its ids
+NO_CONTENT = (
+    *("path", "val_path", "revision", "cache", "cache_dir", "workers"),
+    *("streaming", "shuffle_buffer", "packing", "pack_len"),
+)
+"""Keys that change nothing in the prepared data: what is in a file counts, not where it is, and a revision counts as
+the commit it names."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """One conversation as it was read.
+    """One conversation, or one text, as it was read.
 
     Attributes:
-        messages: its turns; every assistant turn is trained on.
+        messages: its turns. Empty for a text.
         key: examples with equal keys are duplicates, and the key's digest decides the side of the split.
         origin: where it was read, as `FILE:LINE`.
+        tools: what the assistant may call, as the chat template is given it: a JSON schema for each.
+        text: in place of messages: a text without a template, all of which is trained on.
+        chunk: a text of more than `max_seq_len` tokens is cut into pieces of so many, instead of what `too_long` says.
     """
 
     messages: Sequence[Message]
     key: str
     origin: str
+    tools: Sequence[Mapping[str, Any]] | None = None
+    text: str | None = None
+    chunk: bool = False
 
 
-@runtime_checkable
-class BatchEncoder(Protocol):
-    """A tokenizer that encodes many conversations at once faster than one by one."""
+class Examples(Protocol):
+    """What a source has read or will read: examples in an order of their own, the same in every pass."""
 
-    def encode_chats(self, conversations: Sequence[Sequence[Message]]) -> list[tuple[list[int], list[bool]]]: ...
+    name: str
+    """What the data is called in logs."""
+
+    @property
+    def bad_rows(self) -> Sequence[str]:
+        """Rows that the passes so far left out because they are bad: where each is and why, said on stderr when met."""
+
+    def __iter__(self) -> Iterator[Example]:
+        """One pass.
+
+        Raises:
+            DataError: naming the file and the line.
+        """
+
+    def content_digest(self) -> str:
+        """What the examples are read from, as a digest: equal digests give equal examples.
+
+        Raises:
+            DataError: it is not there.
+        """
+
+
+def say_left_out(bad_row: str) -> None:
+    """One line on stderr."""
+    print(f"left out, {bad_row}", file=sys.stderr)
 
 
 @dataclass(frozen=True)
-class Preparation:
-    """How examples become a dataset; the keys which all sources share.
+class Preparation(ABC):
+    """How examples become a dataset: the keys that all members of the `data` group share, and what they do.
 
-    Attributes:
-        val_fraction: share of the distinct examples that is set aside, above 0; at least one.
+    A member is a subclass that adds its own keys and says which examples there are.
+
+    Args:
+        val_fraction: share of the distinct examples that is set aside for validation, above 0; at least one.
         max_seq_len: tokens of a sample at most.
         too_long: what happens to a longer one.
         max_samples: training examples at most, None for all.
         max_val_samples: validation examples at most, None for all that were set aside.
+        train_on: the tokens that are trained on: those of every assistant turn with its end (`response`), of the last
+            one (`last_turn`), or of the whole conversation, prompts included (`all`).
+        cache: keep what was prepared, for the next run of the same data.
+        cache_dir: where; None is `data` in the cache of this package.
+        streaming: train on rows as they are read, instead of preparing all of them first.
+        shuffle_buffer: while streaming, rows among which the next one is drawn.
+        workers: processes that tokenize, 1 for this one alone; None is one a core, up to 8, where the data is large.
+        packing: `none` trains on samples in random order, `group` on samples of about one length together, `pack` on
+            rows of several whole samples, none of which sees another.
+        pack_len: tokens of a packed row, None for `max_seq_len`.
     """
 
-    val_fraction: float
-    max_seq_len: int
+    val_fraction: Fraction
+    max_seq_len: PositiveInt
     too_long: Literal["truncate", "drop", "refuse"]
-    max_samples: int | None
-    max_val_samples: int | None
+    max_samples: PositiveInt | None
+    max_val_samples: PositiveInt | None
+    train_on: Literal["response", "all", "last_turn"]
+    cache: bool
+    cache_dir: str | None
+    workers: PositiveInt | None
+    streaming: bool
+    shuffle_buffer: PositiveInt
+    packing: Literal["none", "group", "pack"]
+    pack_len: PositiveInt | None
 
     def __post_init__(self) -> None:
         if not 0 < self.val_fraction < 1:
@@ -72,127 +133,74 @@ class Preparation:
                 f"{'validate' if self.val_fraction <= 0 else 'train'} on; give a fraction between 0 and 1, as 0.1"
             )
 
-    def prepare(self, name: str, examples: Sequence[Example], tokenizer: Tokenizer) -> Dataset:
-        """Split and tokenize.
+    @abstractmethod
+    def examples(self) -> Examples:
+        """What there is to train on and, without `validation_examples`, to validate on."""
+
+    def validation_examples(self) -> Examples | None:
+        """Examples of their own to validate on, so that none are set aside; None where there are none."""
+        return None
+
+    def load(self, tokenizer: Tokenizer) -> Dataset:
+        """Read, split and tokenize, or find what an earlier run of the same data has prepared; or begin to stream it.
 
         Raises:
-            DataError: if there are too few examples, one is too long and that is refused, or nothing is left.
+            DataError: naming file and line of what cannot be read; too few examples, one that is too long where that is
+                refused, or nothing is left; the cache cannot be written.
         """
-        counts = Counter(examples=len(examples))
-        distinct = _without_empty_and_duplicates(examples, counts)
-        train, validation = self._split(name, distinct, counts)
-        train_samples = [sample for _, sample in self._tokenize(f"{name}: training", train, tokenizer, counts)]
-        kept = self._tokenize(f"{name}: validation", validation, tokenizer, counts)
-        validation_samples = [sample for _, sample in kept]
-        counts.update(train=len(train_samples), validation=len(validation_samples))
-        return Dataset(
-            train=train_samples,
-            validation=validation_samples,
-            dialogues=[_dialogue(example) for example, _ in kept[:NUM_DIALOGUES]],
-            fingerprint=fingerprint(train_samples, validation_samples),
-            counts=dict(counts),
-            name=name,
+        sources = [self.examples(), *filter(None, [self.validation_examples()])]
+        if self.streaming:
+            encoder = Encoder(tokenizer, self.train_on, self.max_seq_len)
+            return stream(self, sources, encoder, self._made_of(sources, tokenizer, self.shuffle_buffer))
+        prepared = self._prepared(sources, tokenizer)
+        if not any(source.bad_rows for source in sources):  # it was prepared by another process, or long ago
+            for bad_row in prepared.bad_rows:
+                say_left_out(bad_row)
+        if lost := prepared.counts.get("nothing_trained"):
+            warnings.warn(
+                f"{prepared.name}: samples left out: {lost:,}; cut at data.max_seq_len={self.max_seq_len} tokens,"
+                " nothing of them is left to train on",
+                stacklevel=2,
+            )
+        return prepared
+
+    def _prepared(self, sources: Sequence[Examples], tokenizer: Tokenizer) -> Dataset:
+        if not self.cache:
+            with tempfile.TemporaryDirectory(prefix="tuner-data-") as temporary:
+                prepare(self, sources, tokenizer, Path(temporary))
+                return read_entry(Path(temporary))  # open files stay when they are deleted
+        folder = Path(self.cache_dir).expanduser().absolute() if self.cache_dir else cache_folder() / "data"
+        key = self._key(sources, tokenizer)
+        return cached_dataset(folder, key, lambda entry: prepare(self, sources, tokenizer, entry))
+
+    def order(self, dataset: Dataset, *, seed: int, window: int) -> Order:
+        """How the training samples are put into rows, and in which order.
+
+        Args:
+            dataset: what `load` gave.
+            seed: of the run.
+            window: rows of one optimizer step.
+        """
+        stored = dataset.train
+        lengths = (
+            stored.lengths.tolist() if isinstance(stored, StoredSamples) else [len(sample.tokens) for sample in stored]
         )
+        if self.packing == "pack":
+            row_tokens = self.pack_len or self.max_seq_len
+            return Packed(lengths, seed=seed, fingerprint=dataset.fingerprint, row_tokens=row_tokens)
+        if self.packing == "group":
+            return Grouped(lengths, seed=seed, fingerprint=dataset.fingerprint, window=window)
+        return Shuffled(lengths, seed=seed, fingerprint=dataset.fingerprint)
 
-    def _split(
-        self, name: str, examples: Sequence[Example], counts: Counter[str]
-    ) -> tuple[list[Example], list[Example]]:
-        """Training examples in their order, validation examples in the order of their digests."""
-        if len(examples) < 2:
-            raise DataError(
-                f"{name}: {len(examples)} usable example{'' if len(examples) == 1 else 's'} of {counts['examples']}"
-                " read; it takes two different ones at least, one to train and one to validate on"
-            )
-        digests = [_digest(example.key) for example in examples]
-        ranked = sorted(range(len(examples)), key=digests.__getitem__)
-        num_validation = min(max(1, round(self.val_fraction * len(examples))), len(examples) - 1)
-        validation, train = ranked[:num_validation], ranked[num_validation:]
-        kept_validation, kept_train = validation[: self.max_val_samples], train[: self.max_samples]
-        counts["validation_unused"] = len(validation) - len(kept_validation)
-        counts["train_unused"] = len(train) - len(kept_train)
-        return [examples[i] for i in sorted(kept_train)], [examples[i] for i in kept_validation]
+    def _key(self, sources: Sequence[Examples], tokenizer: Tokenizer) -> str:
+        """Digest of everything that the prepared data is made of, this code included."""
+        modules = {Path(inspect.getfile(type(self))), *Path(__file__).parent.glob("*.py")}
+        code = [hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(modules)]
+        return self._made_of(sources, tokenizer, code)[:32]
 
-    def _tokenize(
-        self, what: str, examples: Sequence[Example], tokenizer: Tokenizer, counts: Counter[str]
-    ) -> list[tuple[Example, Sample]]:
-        """The examples that have a trained token within `max_seq_len`, and their samples."""
-        kept = []
-        for example, ids, is_reply in _encode(examples, tokenizer):
-            if len(ids) > self.max_seq_len and not self._may_truncate(example, len(ids), counts):
-                continue
-            sample = _sample(ids[: self.max_seq_len], is_reply[: self.max_seq_len])
-            # A prediction exists from the second position on
-            if any(label != IGNORE for label in sample.labels[1:]):
-                kept.append((example, sample))
-            else:
-                counts["nothing_trained"] += 1
-        if not kept:
-            raise DataError(
-                f"{what}: none of {len(examples)} examples has a reply within data.max_seq_len={self.max_seq_len}"
-                " tokens; raise it" + (" or say data.too_long=truncate" if self.too_long == "drop" else "")
-            )
-        return kept
-
-    def _may_truncate(self, example: Example, num_tokens: int, counts: Counter[str]) -> bool:
-        if self.too_long == "refuse":
-            raise DataError(
-                f"{example.origin}: {num_tokens} tokens, more than data.max_seq_len={self.max_seq_len}; raise it or say"
-                " data.too_long=truncate or drop"
-            )
-        counts["truncated" if self.too_long == "truncate" else "dropped"] += 1
-        return self.too_long == "truncate"
-
-
-def fingerprint(*sides: Sequence[Sample]) -> str:
-    """sha256, in hex, over the tokens and labels of all samples in their order."""
-    digest = hashlib.sha256()
-    for samples in sides:
-        digest.update(len(samples).to_bytes(8, "little"))
-        for sample in samples:
-            digest.update(len(sample.tokens).to_bytes(8, "little"))
-            digest.update(np.asarray(sample.tokens, dtype="<i4").tobytes())
-            digest.update(np.asarray(sample.labels, dtype="<i4").tobytes())
-    return digest.hexdigest()
-
-
-def _encode(examples: Sequence[Example], tokenizer: Tokenizer) -> Iterator[tuple[Example, list[int], list[bool]]]:
-    for start in range(0, len(examples), _CHUNK):
-        chunk = examples[start : start + _CHUNK]
-        conversations = [example.messages for example in chunk]
-        if isinstance(tokenizer, BatchEncoder):
-            encoded = tokenizer.encode_chats(conversations)
-        else:
-            encoded = [tokenizer.encode_chat(messages) for messages in conversations]
-        for example, (ids, is_reply) in zip(chunk, encoded, strict=True):
-            yield example, ids, is_reply
-
-
-def _sample(ids: Sequence[int], is_reply: Sequence[bool]) -> Sample:
-    # Arrays of 4-byte integers: lists of Python's integers take ten times the memory
-    labels = array("i", [id_ if trained else IGNORE for id_, trained in zip(ids, is_reply, strict=True)])
-    return Sample(array("i", ids), labels)
-
-
-def _without_empty_and_duplicates(examples: Sequence[Example], counts: Counter[str]) -> list[Example]:
-    """Examples with something to learn, the first of each key."""
-    with_reply = [example for example in examples if any(_is_reply(message) for message in example.messages)]
-    distinct: dict[str, Example] = {}
-    for example in with_reply:
-        distinct.setdefault(example.key, example)
-    counts["empty"] = len(examples) - len(with_reply)
-    counts["duplicates"] = len(with_reply) - len(distinct)
-    return list(distinct.values())
-
-
-def _is_reply(message: Message) -> bool:
-    return message["role"] == "assistant" and bool(message["content"].strip())
-
-
-def _dialogue(example: Example) -> Dialogue:
-    # The first reply, which is within max_seq_len if any is
-    first = next(i for i, message in enumerate(example.messages) if _is_reply(message))
-    return Dialogue(messages=example.messages[:first], reply=example.messages[first]["content"])
-
-
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
+    def _made_of(self, sources: Sequence[Examples], tokenizer: Tokenizer, more: object) -> str:
+        """Digest of content, tokenizer, settings and something more."""
+        settings = {key: value for key, value in asdict(self).items() if key not in NO_CONTENT}
+        contents = [source.content_digest() for source in sources]
+        made_of = [type(self).__qualname__, settings, contents, tokenizer.digest(), more]
+        return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()

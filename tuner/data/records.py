@@ -1,96 +1,95 @@
-"""Records of local files: JSON lines, or one JSON array, with the place of each for error messages."""
+"""Rows of data as they were read: named values, and the place of each for error messages."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from tuner.errors import DataError
+
+MAX_ROW_MIB = 16
+"""A longer row is refused: no conversation is that long, and a file without line ends is one row."""
+
+MAX_ROW_BYTES = MAX_ROW_MIB << 20
 
 
 @dataclass(frozen=True)
 class Record:
-    """One JSON object and where it was read: `FILE:LINE`, or `FILE: item N` within an array."""
+    """The columns of one row and where it was read: `FILE:LINE`, or `FILE: row N` where rows are no lines."""
 
-    fields: dict[str, Any]
+    fields: Mapping[str, Any]
     origin: str
+
+    def value(self, column: str) -> Any:
+        """What is in `column`.
+
+        Raises:
+            DataError: there is no such column, naming those that exist.
+        """
+        if column not in self.fields:
+            found = ", ".join(map(str, self.fields)) or "none"
+            raise DataError(f"{self.origin}: no column {column!r}; found: {found}")
+        return self.fields[column]
 
     def text(self, column: str) -> str:
         """The text in `column`.
 
         Raises:
-            DataError: if there is no such column (naming those that exist), or it holds something else.
+            DataError: there is no such column, or it holds something else.
         """
-        if column not in self.fields:
-            found = ", ".join(self.fields) or "none"
-            raise DataError(f"{self.origin}: no column {column!r}; found: {found}")
-        value = self.fields[column]
+        value = self.value(column)
         if not isinstance(value, str):
             raise DataError(f"{self.origin}: column {column!r} holds {json_type(value)}, not a text")
         return value
 
+    def text_if_any(self, column: str | None) -> str:
+        """The text in a column that a row may lack; empty where it does, where it holds null and where none is named.
 
-def read_records(path: str) -> list[Record]:
-    """Every record of a `.jsonl` file, or of a `.json` file that holds one array.
+        Raises:
+            DataError: it holds something else.
+        """
+        return "" if column is None or self.fields.get(column) is None else self.text(column)
 
-    The content decides which it is, not the name. Empty lines are passed over.
+    def list_of(self, column: str, what: str) -> list[Any]:
+        """The list in `column`, of at least one.
 
-    Raises:
-        DataError: if there is no such file, it holds no record, or something in it is not a JSON object.
-    """
-    file = Path(path).expanduser()
-    if not file.is_file():
-        what = "is a folder, not a file" if file.is_dir() else f"does not exist (looked for {file.absolute()})"
-        raise DataError(f"data.path: {path} {what}; give a .jsonl or .json file")
-    content = file.read_bytes().removeprefix(b"\xef\xbb\xbf")
-    records = list(_array(content, path) if content.lstrip().startswith(b"[") else _lines(content, path))
-    if not records:
-        raise DataError(f"{path}: the file holds no examples")
-    return records
-
-
-def _lines(content: bytes, path: str) -> Iterator[Record]:
-    # At \n alone: str.splitlines would also cut at characters that may stand within a JSON text
-    for number, line in enumerate(content.split(b"\n"), start=1):
-        if line.strip():
-            yield _record(_decode(line, path, number), f"{path}:{number}")
-
-
-def _array(content: bytes, path: str) -> Iterator[Record]:
-    for number, item in enumerate(_decode(content, path, 1), start=1):
-        yield _record(item, f"{path}: item {number}")
-
-
-def _decode(content: bytes, path: str, first_line: int) -> Any:
-    try:
-        value = json.loads(content.decode("utf-8"))
-        if b"\\ud" in content.lower():  # half a surrogate pair, written as an escape, is no character
-            json.dumps(value, ensure_ascii=False).encode("utf-8")
+        Raises:
+            DataError: there is no such column, or it holds something else.
+        """
+        value = self.value(column)
+        if not isinstance(value, list) or not value:
+            held = "an empty list" if value == [] else json_type(value)
+            raise DataError(f"{self.origin}: column {column!r} holds {held}, not a list of {what}")
         return value
-    except UnicodeEncodeError as error:
-        raise DataError(f"{path}:{first_line}: holds half of a surrogate pair, which is no text") from error
-    except UnicodeDecodeError as error:
-        line = first_line + content.count(b"\n", 0, error.start)
-        raise DataError(f"{path}:{line}: not UTF-8 text (byte 0x{content[error.start]:02x})") from error
-    except json.JSONDecodeError as error:
-        line = first_line + error.lineno - 1
-        raise DataError(f"{path}:{line}: not valid JSON: {error.msg} at column {error.colno}") from error
-    except RecursionError as error:
-        raise DataError(f"{path}:{first_line}: nested too deeply") from error
 
 
-def _record(item: Any, origin: str) -> Record:
-    if not isinstance(item, dict):
-        raise DataError(f"{origin}: {json_type(item)}, not a JSON object such as {{...}}")
-    return Record(item, origin)
+Row: TypeAlias = Record | DataError
+"""What a reader yields: a row, or what is wrong with one beyond which it can read on. What ends a file, it raises."""
+
+
+def row_of(item: Any, origin: str) -> Row:
+    """A row from a value that should be an object."""
+    if isinstance(item, dict):
+        return Record(item, origin)
+    return DataError(f"{origin}: {json_type(item)}, not a JSON object such as {{...}}")
 
 
 def json_type(value: Any) -> str:
-    """What JSON calls the type of `value`, with its article."""
+    """What JSON calls the type of `value`, with its article; what JSON has no word for, as Python calls it."""
     if value is None:
         return "null"
     names = {bool: "a boolean", int: "a number", float: "a number", str: "a text", list: "a list", dict: "an object"}
-    return names[type(value)]
+    return names.get(type(value), f"a value of type {type(value).__name__}")
+
+
+def too_long(origin: str, hint: str) -> DataError:
+    return DataError(f"{origin}: a row of more than {MAX_ROW_MIB} MiB; {hint}")
+
+
+def require_different(file: Path, names: list[str]) -> None:
+    """Refuse a table of which two columns have one name."""
+    twice = [name for i, name in enumerate(names) if name in names[:i]]
+    if twice:
+        raise DataError(f"{file}: two columns are called {twice[0]!r}")
