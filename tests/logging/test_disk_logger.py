@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -166,3 +166,30 @@ os.kill(os.getpid(), signal.SIGKILL)
     killed = subprocess.run([sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": os.getcwd()}, check=False)
     assert killed.returncode == -9
     assert [row.metrics["train/loss"] for row in read_metrics(info.out)] == [2.5]
+
+
+def test_what_a_killed_process_logged_past_its_checkpoint_is_not_there_twice(run_info: MakeInfo) -> None:
+    """Killed behind the evaluation of step 2, saved after step 1 or after step 2 and before its evaluation."""
+    info = run_info()
+    killed = DiskLogger(info.out)
+    killed.start(info)
+    for step in (1, 2):
+        killed.log(step, {"tokens": step * 100, "train/loss": float(step)})
+        killed.log(step, {"tokens": step * 100, "val/loss": float(step)})
+
+    trained_again = DiskLogger(info.out)
+    trained_again.start(replace(info, resumed=True))
+    trained_again.log(2, {"tokens": 200, "train/loss": 7.0})
+    assert [row.metrics for row in read_metrics(info.out) if row.step == 2] == [{"tokens": 200, "train/loss": 7.0}]
+    trained_again.log(2, {"tokens": 200, "val/loss": 8.0})
+
+    evaluated_again = DiskLogger(info.out)
+    evaluated_again.start(replace(info, resumed=True))
+    evaluated_again.log(2, {"tokens": 200, "val/loss": 9.0})
+    rows = [{**row.metrics, "step": row.step} for row in read_metrics(info.out)]
+    assert [(row["step"], row.get("train/loss"), row.get("val/loss")) for row in rows] == [
+        (1, 1.0, None),
+        (1, None, 1.0),
+        (2, 7.0, None),
+        (2, None, 9.0),
+    ]

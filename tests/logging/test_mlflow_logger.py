@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import re
 import socket
 import sqlite3
 import subprocess
@@ -15,6 +16,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +28,11 @@ from mlflow.entities import Run, ViewType
 from tuner.config import conf_dir
 from tuner.errors import TunerError
 from tuner.logging.disk import DiskLogger, Generation, read_metrics
+from tuner.logging.heartbeat import HEARTBEAT, Beat
 from tuner.logging.mlflow import MLflowLogger
 from tuner.logging.mlflow_run import MlflowRecord, params_of, sanitise, silent
-from tuner.types import RunInfo
+from tuner.logging.process import machine_id, process_start
+from tuner.types import RunInfo, Summary
 from tuner.verbs.sync import sync
 
 MakeInfo = Callable[..., RunInfo]
@@ -211,6 +215,21 @@ def test_a_resumed_run_continues_the_same_mlflow_run(store: str, run_info: MakeI
     assert run.info.status == "FINISHED"
     assert run.data.params["train.max_steps"] == "12", "MLflow's params cannot change"
     assert run.data.tags["resumed.train.max_steps"] == "20"
+
+
+def test_what_was_measured_in_a_step_that_is_trained_again_stays_as_it_was(
+    store: str, run_info: MakeInfo, mlflow_logger: MakeLogger
+) -> None:
+    def rows(first: int, last: int, speed: float) -> Iterator[tuple[int, dict[str, float]]]:
+        for step in range(first, last + 1):
+            yield step, {"train/loss": 3 / step, "perf/tokens_per_s": speed + step, "memory/peak_mib": speed}
+
+    _train(run_info(), mlflow_logger(store), rows(1, 12, 100.0), status="stopped")
+    resumed = run_info(resumed=True)
+    run_id = _train(resumed, mlflow_logger(store), rows(9, 20, 500.0))["mlflow_run_id"]
+    assert ", 0 metric values new" in sync(resumed.out)
+    expected = [*rows(1, 12, 100.0), *rows(13, 20, 500.0)]
+    assert _held(store, run_id) == sorted((key, step, value) for step, row in expected for key, value in row.items())
 
 
 def test_a_fresh_run_in_the_same_folder_is_another_mlflow_run(
@@ -465,16 +484,66 @@ def test_sync_after_a_live_run_has_nothing_to_add(store: str, run_info: MakeInfo
     assert len(_runs(store)) == 1
 
 
-def test_sync_of_a_killed_run_says_that_it_has_not_ended(
-    store: str, run_info: MakeInfo, monkeypatch: pytest.MonkeyPatch
+def _beat(pid: int, start: str | None, machine: str, reason: str | None = None) -> str:
+    beat = Beat("here", machine, pid, str(start), time.time() + 3600, 1, 20, "again", reason)
+    return json.dumps(asdict(beat))
+
+
+@pytest.mark.parametrize(
+    ("beat", "said", "status"),
+    [
+        (None, r"has no summary.json \(running, or killed\), so it stays RUNNING", "RUNNING"),
+        (_beat(os.getpid(), process_start(os.getpid()), machine_id()), "is running, so it stays RUNNING", "RUNNING"),
+        (
+            _beat(os.getpid(), "1", machine_id()),
+            r"was killed \(process .* on here is gone\), so it is KILLED",
+            "KILLED",
+        ),
+        (_beat(os.getpid(), "1", machine_id(), "no room"), r"failed \(no room\), so it is FAILED", "FAILED"),
+    ],
+    ids=["unknown", "running", "killed", "failed"],
+)
+@pytest.mark.parametrize("told", [False, True], ids=["new", "resumed"])
+def test_sync_of_a_run_that_has_not_said_how_it_ended(
+    store: str,
+    run_info: MakeInfo,
+    monkeypatch: pytest.MonkeyPatch,
+    beat: str | None,
+    said: str,
+    status: str,
+    told: bool,
 ) -> None:
+    """Whether or not an earlier process had said how it ended."""
     info = run_info()
     disk = DiskLogger(info.out)
     disk.start(info)
     disk.log(1, {"train/loss": 1.0})
+    if beat is not None:
+        (info.out / HEARTBEAT).write_text(beat)
+        if told:
+            disk.close("stopped", asdict(Summary("stopped", str(info.out))))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
-    assert "no summary.json" in sync(info.out)
-    assert _only_run(store).info.status == "RUNNING"
+    assert re.search(f"; it {said} there$", sync(info.out))
+    assert _only_run(store).info.status == status
+
+
+def test_a_run_that_was_killed_is_the_same_one_when_it_goes_on_and_has_ended_well(
+    store: str, run_info: MakeInfo, mlflow_logger: MakeLogger
+) -> None:
+    info = run_info(logger={**_settings(), "tracking_uri": store})
+    DiskLogger(info.out).start(info)
+    (info.out / HEARTBEAT).write_text(_beat(os.getpid(), "1", machine_id()))
+    sync(info.out)
+    killed = _only_run(store)
+    assert (killed.info.status, killed.data.tags["status"]) == ("KILLED", "killed")
+    assert killed.data.tags["reason"] == f"process {os.getpid()} on here is gone"
+    logger = mlflow_logger(store)
+    logger.start(replace(info, resumed=True))
+    logger.close("finished", asdict(Summary("finished", str(info.out))))
+    run = _only_run(store)
+    assert (run.info.run_id, run.info.status) == (killed.info.run_id, "FINISHED")
+    assert run.data.tags["status"] == "finished"
+    assert "reason" not in run.data.tags, "why it broke off once is not why it ended"
 
 
 def test_sync_makes_the_run_anew_where_the_store_lost_it(
@@ -524,6 +593,7 @@ sys.exit(sum(process.exitcode for process in processes))
 """
 
 
+@pytest.mark.slow
 def test_three_processes_at_once_without_a_store(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.getcwd(), "PYTHONWARNINGS": "error::RuntimeWarning"}
     command = [sys.executable, "-c", _THREE, str(tmp_path)]
@@ -562,7 +632,9 @@ def server(fresh_store: Path, tmp_path: Path) -> Iterator[tuple[str, Callable[[]
         command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{file}"]
         command += ["--artifacts-destination", str(tmp_path / "artifacts")]
         quiet = subprocess.DEVNULL
-        running.append(subprocess.Popen(command, stdout=quiet, stderr=quiet, start_new_session=True))
+        # Without it the server starts eight processes more, for evaluations of its own.
+        env = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        running.append(subprocess.Popen(command, stdout=quiet, stderr=quiet, env=env, start_new_session=True))
         deadline = time.monotonic() + 90
         while True:
             try:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tuner.checkpoint.default import what_remains
+from tuner.checkpoint.store import what_remains
 from tuner.errors import CheckpointError
 
 

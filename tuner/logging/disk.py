@@ -82,6 +82,10 @@ class DiskLogger:
         file.write(_line(Row(step, time.time(), metrics)))
         file.flush()
 
+    def flush(self) -> None:
+        """Return when what was logged is on the disk."""
+        os.fsync(self._opened().fileno())
+
     def artifact(self, path: Path) -> None:
         """Nothing to do: artifacts are files of the run folder already."""
 
@@ -100,12 +104,11 @@ class DiskLogger:
         """Drop the steps a killed process logged past its last checkpoint: this process trains them again."""
         self._continues = False
         self._opened().close()
+        rows = read_metrics(self.out)
         again = set(metrics) - set(_SHARED)
-        kept = [
-            row
-            for row in read_metrics(self.out)
-            if row.step < step or (row.step == step and not again & set(row.metrics))
-        ]
+        kept = [row for row in rows if row.step < step]
+        if "train/loss" not in metrics:  # saved before its evaluation; a step that is trained again is evaluated again
+            kept += [row for row in rows if row.step == step and not again & {*row.metrics}]
         _write_rows(self.out / METRICS, kept)
         self._file = (self.out / METRICS).open("a", encoding="utf-8")
 

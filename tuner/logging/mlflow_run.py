@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 RECORD = "mlflow.json"
-STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
+STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED", "killed": "KILLED"}
 MAX_VALUE_CHARACTERS = 6000
 _PARAMS_A_BATCH = 100
 _METRICS_A_BATCH = 1000
@@ -40,6 +40,9 @@ _MIGRATION_S = 300.0
 
 _LABELS = ("logger.run_name", "logger.tags", "logger.parent_run_id")
 """Keys that name the run in MLflow; as params they would be the first ones in which the trials of a sweep differ."""
+
+_MEASURED = ("perf/", "memory/")
+"""Metrics that come out otherwise where a step is trained again, after a crash: the first value of a step stays."""
 
 _CHATTY = ("mlflow", "alembic", "sqlalchemy.engine", "urllib3.connectionpool")
 
@@ -104,8 +107,11 @@ class MlflowRun:
             self.record(complete=False)
             run = self.client.get_run(self.run_id)
             self._params: dict[str, str] = dict(run.data.params)
+            self._tags = {*run.data.tags}
             self._latest: dict[str, tuple[int, float | None]] = {}  # `tokens` stands in several lines of one step
             self._points = {key: self._history(key) for key in run.data.metrics if not key.startswith("system/")}
+            measured = {key: points for key, points in self._points.items() if key.startswith(_MEASURED)}
+            self._measured = {key: {step for step, _ in points} for key, points in measured.items()}
             if run.info.status != "RUNNING":
                 self.client.update_run(self.run_id, status="RUNNING")
 
@@ -144,12 +150,15 @@ class MlflowRun:
         for row in rows:
             for key, value in ((sanitise(key), float(value)) for key, value in row.metrics.items()):
                 point = _point(row.step, value)
-                if latest.get(key) != point and point not in self._points.get(key, ()):
+                if latest.get(key) != point and not self._holds(key, point):
                     new.append((key, value, row))
                 latest[key] = point
         self._send(new)
         self._latest = latest
         return len(new)
+
+    def _holds(self, key: str, point: tuple[int, float | None]) -> bool:
+        return point in self._points.get(key, ()) or point[0] in self._measured.get(key, ())
 
     def artifact(self, path: Path) -> None:
         """Copy a file or folder under the same path as in the run folder (one from elsewhere: under its name)."""
@@ -161,15 +170,28 @@ class MlflowRun:
             self.client.log_artifact(self.run_id, str(path), None if parent == "." else parent)
 
     def end(self, status: str, summary: Mapping[str, Any], complete: bool, end_s: float | None = None) -> None:
-        """Log the summary's numbers as metrics and its words as tags, set the true status, keep `summary.json`."""
+        """Log the summary's numbers as metrics and its words as tags, set the true status, keep `summary.json`.
+
+        What an earlier end said and this one does not, as why the run stopped, is taken away.
+        """
+        stale = [sanitise(key) for key, value in summary.items() if value is None and sanitise(key) in self._tags]
         words = {key: value for key, value in summary.items() if isinstance(value, str)}
         self.metrics([Row(int(summary.get("steps", 0)), end_s or time.time(), numbers(summary))])
         with self._patient():
             for key, value in words.items():
                 self.client.set_tag(self.run_id, sanitise(key), value[:MAX_VALUE_CHARACTERS])
+            for key in stale:
+                self.client.delete_tag(self.run_id, key)
             self.client.set_terminated(self.run_id, STATUS[status], None if end_s is None else int(end_s * 1000))
         self.client.log_text(self.run_id, json_text({**summary, "mlflow_run_id": self.run_id}), SUMMARY)
         self.record(complete)
+
+    def broke_off(self, state: str, reason: str, end_s: float) -> None:
+        """Say how a run ended that could not: `killed` or `failed`; it goes on as the same one if it is resumed."""
+        with self._patient():
+            self.client.set_tag(self.run_id, "status", state)
+            self.client.set_tag(self.run_id, "reason", reason[:MAX_VALUE_CHARACTERS])
+            self.client.set_terminated(self.run_id, STATUS[state], int(end_s * 1000))
 
     def record(self, complete: bool) -> None:
         """Write `mlflow.json`."""

@@ -35,6 +35,10 @@ class RunLog:
         self.terminal.step(step, {name: value for name, value in metrics.items() if name != "tokens"})
         self.logger.log(step, metrics)
 
+    def flush(self) -> None:
+        """Bring the lines of metrics to the disk, ahead of a checkpoint: a power cut must not leave it without them."""
+        self.disk.flush()
+
     def artifact(self, path: Path) -> None:
         self.logger.artifact(path)
 
