@@ -9,14 +9,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.merging import plain_model
 from tuner.build import cast_trainable, load_base
 from tuner.errors import ModelError
 from tuner.loop import backward
-from tuner.models.llama import Llama, LlamaConfig
+from tuner.models.decoder import Decoder
+from tuner.models.linear import Linear
+from tuner.models.llama import LlamaConfig
 from tuner.peft.full import Full
 from tuner.peft.lora import LoRA
 from tuner.peft.lora_linear import Adapter, LoRALinear
-from tuner.peft.merge import merge_adapters, merged_weight
 from tuner.quantization.nf4 import NF4
 from tuner.types import Batch, Precision
 
@@ -33,7 +35,7 @@ BATCH = Batch(TOKENS, TOKENS, TOKENS.numel())
 ATTENTION = ["q_proj", "k_proj", "v_proj", "output_proj"]
 
 
-def llama(dtype: torch.dtype = torch.float32, *, nf4: bool = False, **changed: Any) -> Llama:
+def llama(dtype: torch.dtype = torch.float32, *, nf4: bool = False, **changed: Any) -> Decoder:
     config = LlamaConfig.from_hugging_face({**SHAPE, **changed}, None)
     model = load_base(config, dtype, torch.device("cpu"), seed=3)
     with torch.no_grad():
@@ -146,12 +148,17 @@ def test_an_adapter_on_a_tied_head_is_refused() -> None:
         lora(apply_lora_to_output=True).adapt(llama(tie_word_embeddings=True))
 
 
-def test_merging_an_adapted_tied_head_is_refused() -> None:
+def test_merging_an_adapted_tied_head_unties_it() -> None:
     model = llama(tie_word_embeddings=True)
     adapter = Adapter(32, 61, 2, 4.0, 0.0, False)
     model.lm_head = LoRALinear(model.lm_head, {"default": adapter})  # type: ignore[assignment]
-    with pytest.raises(ModelError, match="merging would untie them"):
-        merge_adapters(model, torch.float32)
+    randomize_b(model)
+    before, embedding = logits(model), model.model.embed_tokens.weight.clone()
+    model = plain_model(model, torch.float32)
+    assert (logits(model) - before).abs().max() <= 1e-4
+    assert torch.equal(model.model.embed_tokens.weight, embedding)
+    assert not model.tied
+    assert not model.config.tie_word_embeddings
 
 
 @pytest.mark.parametrize(("rslora", "scale"), [(False, 8 / 4), (True, 8 / math.sqrt(4))])
@@ -166,7 +173,7 @@ def test_the_scale(rslora: bool, scale: float) -> None:
             continue
         adapter, base = layer.adapters["default"], layer.base
         expected = base.weight.double() + scale * (adapter.B.double() @ adapter.A.double())
-        assert (merged_weight(layer).double() - expected).abs().max() <= 1e-6  # of weights below 4
+        assert (layer.merged_weight().double() - expected).abs().max() <= 1e-6  # of weights below 4
         x = torch.randn(5, base.in_features)
         assert (layer(x).double() - x.double() @ expected.t()).abs().max() <= 2e-5  # of values below 20
 
@@ -177,8 +184,8 @@ def test_merged_is_unmerged(nf4: bool) -> None:
     lora(apply_lora_to_output=True).adapt(model)
     randomize_b(model)
     before, parameters = logits(model), {slot.path for slot in model.linears()}
-    merge_adapters(model, torch.float32)
-    assert {slot.path for slot in model.linears() if type(slot.module) is nn.Linear} == parameters
+    model = plain_model(model, torch.float32)
+    assert {slot.path for slot in model.linears() if type(slot.module) in (nn.Linear, Linear)} == parameters
     assert (logits(model) - before).abs().max() <= 1e-4  # of logits up to 30
 
 
@@ -187,9 +194,11 @@ def test_merging_rounds_once() -> None:
     model = llama(torch.bfloat16)
     lora().adapt(model)
     randomize_b(model)
-    expected = {s.path: merged_weight(s.module).bfloat16() for s in model.linears() if isinstance(s.module, LoRALinear)}
+    expected = {
+        s.path: s.module.merged_weight().bfloat16() for s in model.linears() if isinstance(s.module, LoRALinear)
+    }
     assert len(expected) == 14
-    merge_adapters(model, torch.bfloat16)
+    model = plain_model(model, torch.bfloat16)
     assert all(torch.equal(model.get_submodule(path).weight, weight) for path, weight in expected.items())
 
 
@@ -230,7 +239,7 @@ def test_gradients_over_nf4_are_those_over_the_dequantized_weights(nf4: bool) ->
     """And the base gets none; `dense` shows that the comparison itself is exact."""
     quantized = llama(nf4=nf4, attention_bias=True)
     dense = llama(nf4=nf4, attention_bias=True)
-    merge_adapters(dense, torch.float32)  # no adapter yet: packed layers become dense ones
+    dense = plain_model(dense, torch.float32)  # no adapter yet: packed layers become dense ones
     results = []
     for model in (quantized, dense):
         torch.manual_seed(5)

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tuner.errors import ModelError
-from tuner.peft.lora_linear import Adapter, LoRALinear, dense_weight
+from tuner.peft.adapted import dense_weight
+from tuner.peft.lora_linear import Adapter, LoRALinear
 from tuner.quantization.nf4 import NF4Linear
 
 IN, OUT, R = 24, 40, 5

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tuner.errors import ConfigError, ModelError
-from tuner.quantization.nf4 import NF4, NF4Linear, quantization_error
+from tuner.quantization.nf4 import NF4, NF4Linear
+from tuner.quantization.packed_linear import quantization_error
 from tuner.quiet import import_bitsandbytes
-from tuner.types import FrozenLinear
+from tuner.types import FrozenLinear, LinearSlot
 
 # out x in: whole blocks; 1500 scales, no multiple of 256; rows that end inside a block; an odd number of weights.
 SHAPES = [(576, 192), (500, 192), (64, 100), (7, 33)]
@@ -246,6 +247,7 @@ def test_a_model_with_nothing_to_quantize_is_refused() -> None:
         NF4(64, double_quant=True).quantize(Bare())
 
 
+@pytest.mark.slow
 def test_quantizing_holds_one_dense_layer_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     class Stack(nn.Module):
         def __init__(self) -> None:
@@ -253,8 +255,8 @@ def test_quantizing_holds_one_dense_layer_at_a_time(monkeypatch: pytest.MonkeyPa
             self.layers = nn.ModuleList([new_linear((64, 64), torch.float32) for _ in range(4)])
 
         def quantizable(self) -> Any:
-            for name, layer in self.layers.named_children():
-                yield self.layers, name, layer
+            for name, _ in self.layers.named_children():
+                yield LinearSlot("mlp", self.layers, name, f"layers.{name}")
 
     model = Stack()
     weights = [weakref.ref(layer.weight) for layer in model.layers]

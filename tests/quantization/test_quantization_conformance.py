@@ -13,12 +13,14 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+from tuner.types import LinearSlot
+
 CONF = Path(__file__).parents[2] / "conf" / "quantization"
 MEMBERS = {path.stem: yaml.safe_load(path.read_text()) for path in sorted(CONF.glob("*.yaml"))}
 
 # Bits a weight and relative Frobenius error on normally distributed weights that each member keeps to.
-BITS = {"none": 32.0, "nf4": 4.13}
-ERROR = {"none": 0.0, "nf4": 0.095}
+BITS = {"none": 32.0, "nf4": 4.13, "fp4": 4.13, "int8": 8.12}
+ERROR = {"none": 0.0, "nf4": 0.095, "fp4": 0.125, "int8": 0.009}
 
 
 class Block(nn.Module):
@@ -40,10 +42,10 @@ class Toy(nn.Module):
         self.blocks = nn.ModuleList([Block(), Block()])
         self.lm_head = nn.Linear(192, 50, bias=False)
 
-    def quantizable(self) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
-        for block in self.blocks:
-            yield block, "up", block.up
-            yield block, "down", block.down
+    def quantizable(self) -> Iterator[LinearSlot]:
+        for index, block in enumerate(self.blocks):
+            yield LinearSlot("mlp", block, "up", f"blocks.{index}.up")
+            yield LinearSlot("mlp", block, "down", f"blocks.{index}.down")
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.embedding(tokens)

@@ -1,157 +1,151 @@
-"""Adapters on disk in the layout of Hugging Face PEFT: `adapter_model.safetensors` and `adapter_config.json`."""
+"""Adapters on disk in the layout of Hugging Face PEFT, ours or saved by PEFT, put on a model.
+
+`adapter_config.json` is read by `tuner.adapter_config`; `tuner.peft.adapter_writing` writes the folder.
+"""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from tuner.adapter_config import AdapterConfig, read_adapter_config
 from tuner.errors import ModelError
+from tuner.peft.adapted import AdaptedLinear, AdapterPart, adapted_layers
+from tuner.peft.dora import DoRAAdapter
+from tuner.peft.fusion import split, split_vectors, stored_layers
+from tuner.peft.ia3 import IA3Linear, Scaling
+from tuner.peft.layernorm import Bias, BiasLinear, tune, tuned_norms
 from tuner.peft.lora import ADAPTER
 from tuner.peft.lora_linear import Adapter, LoRALinear
-from tuner.types import CausalLM
-
-WEIGHTS = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"
-PREFIX = "base_model.model."
-UNDERSTOOD = {
-    *(
-        "task_type",
-        "peft_type",
-        "auto_mapping",
-        "peft_version",
-        "base_model_name_or_path",
-        "revision",
-        "inference_mode",
-    ),
-    *("r", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_alpha", "lora_dropout"),
-    *("bias", "use_rslora", "init_lora_weights", "megatron_core", "qalora_group_size", "runtime_config"),
-}
-"""Settings of PEFT which are applied here, or say nothing about what a saved adapter computes. Any other that is set is
-refused: a setting that were ignored would give another model in silence."""
-
-MOVES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Beginnings of `init_lora_weights` under which PEFT changes the base weights too."""
-
-
-def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
-    """Checkpoint name and layer of every adapted linear."""
-    for slot in cast(CausalLM, model).linears():
-        if isinstance(slot.module, LoRALinear):
-            yield slot.path, slot.module
+from tuner.peft.misfits import layer_problems, parameter_problems
+from tuner.peft.residual_folder import alpha_over_residual, residual_adapter
+from tuner.peft.saved_modules import matched, note, parameters, put, shapes
+from tuner.peft.stored import WEIGHTS, Contents, Pair, from_stored, matrix_of, tensors_of
+from tuner.peft.stored_rows import load_rows, row_problems, tokens_of
+from tuner.peft.token_rows import row_layers
+from tuner.types import LinearSlot
 
 
 def has_adapter(model: nn.Module) -> bool:
-    return next(lora_layers(model), None) is not None
+    """Whether layers or norms are an adapter's."""
+    return next(adapted_layers(model), None) is not None or next(tuned_norms(model), None) is not None
 
 
-def save_adapter(model: nn.Module, folder: Path, *, base: str | None, extra: Mapping[str, Any]) -> None:
-    """Write what Hugging Face PEFT loads with `PeftModel.from_pretrained(base_model, folder)`.
-
-    Args:
-        model: with LoRA layers.
-        folder: made if it is not there.
-        base: the folder of the base model.
-        extra: facts for `tuner.json` beside it: what the base was quantized to while the adapter trained.
-
-    Raises:
-        ModelError: the model has no adapter.
-    """
-    layers = dict(lora_layers(model))
-    if not layers:
-        raise ModelError("this model has no adapter to save")
-    tensors = {}
-    for path, layer in layers.items():
-        adapter = cast(Adapter, layer.adapters[ADAPTER])
-        tensors[f"{PREFIX}{path}.lora_A.weight"] = adapter.A.detach().cpu().contiguous()
-        tensors[f"{PREFIX}{path}.lora_B.weight"] = adapter.B.detach().cpu().contiguous()
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "r": adapter.rank,
-        "lora_alpha": adapter.alpha,
-        "lora_dropout": adapter.dropout,
-        "use_rslora": adapter.use_rslora,
-        "target_modules": sorted({path.rpartition(".")[2] for path in layers}),
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
-        "inference_mode": True,
-    }
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    (folder / "tuner.json").write_text(json.dumps(dict(extra), indent=2) + "\n", encoding="utf-8")
-
-
-def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """`adapter_config.json`.
-
-    Raises:
-        ModelError: it is missing, not JSON, or describes something other than a plain LoRA.
-    """
-    path = folder / CONFIG
-    if not path.is_file():
-        raise ModelError(f"{folder}: no {CONFIG}, so this is no adapter folder")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{path}: not JSON ({error})") from error
-    if (kind := config.get("peft_type")) != "LORA":
-        raise ModelError(f"{path}: peft_type={kind} is not supported; valid: LORA")
-    if used := [key for key, value in config.items() if value and key not in UNDERSTOOD]:
-        raise ModelError(f"{path}: {', '.join(used)} cannot be loaded here")
-    if str(init := config.get("init_lora_weights")).startswith(MOVES_THE_BASE):
-        raise ModelError(f"{path}: init_lora_weights={init} changes the base weights too, which cannot be loaded here")
-    if config.get("bias", "none") != "none":
-        raise ModelError(f"{path}: bias={config['bias']} is not supported; valid: none")
-    return dict(config)
+def adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """What PEFT trains of a loaded adapter: parts of layers, norms, and the modules and rows that it brought."""
+    for _, layer in adapted_layers(model):
+        yield from (p for part in layer.modules() if isinstance(part, AdapterPart) for p in part.parameters())
+    for _, parameter in (*tuned_norms(model), *parameters(model)):
+        yield parameter
+    for _, rows in row_layers(model):
+        yield rows.rows
 
 
 def load_adapter(model: nn.Module, folder: Path) -> None:
-    """Put an adapter, ours or one saved by PEFT, on the layers its tensors name.
+    """Put an adapter, ours or one saved by PEFT, on the layers its tensors name, its modules and rows in their places.
+
+    A head that is the embedding becomes a matrix of its own where the adapter brings one of the two, as in PEFT.
 
     Raises:
         ModelError: a file is missing or damaged, or its tensors do not fit the model; all of them are named.
     """
     config = read_adapter_config(folder)
+    contents = from_stored(tensors_of(folder), config)
+    saved = matched(model, config)
+    layers = stored_layers(model, without=saved.paths)
+    wanted = shapes(model, saved)
+    tokens = tokens_of(model, contents, config)
+    problems = [
+        *layer_problems(model, contents, layers, config),
+        *parameter_problems(contents, wanted, saved),
+        *row_problems(model, contents, tokens),
+    ]
+    if problems:
+        raise ModelError(f"{folder / WEIGHTS}: does not fit the model: {', '.join(problems)}")
+    put(model, saved, contents.parameters)
+    pairs = split(contents.pairs, layers, config.use_rslora)
+    slots = {slot.path: slot for layer in layers.values() for slot in layer.parts}
+    moved = [path for path, pair in pairs.items() if _move_base(slots[path], pair)]
+    alpha = alpha_over_residual(folder)
+    for path, pair in pairs.items():
+        adapter = None if alpha is None else residual_adapter(model, slots[path], pair, config, alpha)
+        _adapt(model, slots[path], adapter or _adapter(pair, config), pair)
+    for path, vector in split_vectors(contents.vectors, layers).items():
+        scaling = Scaling(vector.flatten())
+        _put(model, slots[path], IA3Linear(slots[path].module, scaling, on_input=config.is_feedforward(path)))
+    _load_tuned(model, contents, slots)
+    load_rows(model, contents, tokens)
+    note(model, replace(saved, bases=tuple(moved)))
+
+
+def rows_wanted(folder: Path) -> int:
+    """How many rows embedding and head of the base need for an adapter; 0 where it brings no rows.
+
+    PEFT saves the matrices along where they were resized, and they may have grown beyond the last token.
+
+    Raises:
+        ModelError: a file is missing or damaged.
+    """
+    tokens = [token for ids in read_adapter_config(folder).token_rows.values() for token in ids]
+    if not tokens:
+        return 0
     try:
-        tensors = load_file(folder / WEIGHTS)
+        with safe_open(folder / WEIGHTS, framework="pt") as reader:
+            matrices = [name for name in reader.keys() if matrix_of(name)]  # noqa: SIM118 (not a dict)
+            rows = [int(reader.get_slice(name).get_shape()[0]) for name in matrices]
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{folder / WEIGHTS}: {error}") from error
-    slots = {slot.path: slot for slot in cast(CausalLM, model).linears()}
-    pairs: dict[str, dict[str, Any]] = {}
-    bases: dict[str, Tensor] = {}
-    unknown = []
-    for name, tensor in tensors.items():
-        path, _, part = name.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
-        if path in slots and part in ("lora_A", "lora_B"):
-            pairs.setdefault(path, {})[part] = tensor
-        elif path in slots and part == "base_layer" and isinstance(slots[path].module, nn.Linear):
-            bases[path] = tensor  # PEFT saves an adapted head along with its adapter
+    return max(max(tokens) + 1, *rows, 0)
+
+
+def _move_base(slot: LinearSlot, pair: Pair) -> bool:
+    """Put the frozen weight that was saved along into its layer; whether that was another one."""
+    if pair.base is None:
+        return False
+    weight = cast(nn.Linear, slot.module).weight
+    value = pair.base.to(device=weight.device, dtype=weight.dtype)
+    if weight.is_meta or torch.equal(weight, value):
+        return False
+    weight.data.copy_(value)
+    return True
+
+
+def _adapter(pair: Pair, config: AdapterConfig) -> Adapter:
+    A, B = cast(Tensor, pair.A), cast(Tensor, pair.B)
+    kind = DoRAAdapter if config.use_dora else Adapter
+    adapter = kind(A.shape[1], B.shape[0], len(A), pair.alpha, config.dropout, config.use_rslora)
+    adapter.A, adapter.B = nn.Parameter(A), nn.Parameter(B)
+    return adapter
+
+
+def _adapt(model: nn.Module, slot: LinearSlot, adapter: Adapter, pair: Pair) -> None:
+    layer = LoRALinear(slot.module, {ADAPTER: adapter})
+    _put(model, slot, layer)
+    layer.begin()
+    if isinstance(adapter, DoRAAdapter):
+        adapter.magnitude = nn.Parameter(cast(Tensor, pair.magnitude).to(adapter.magnitude.device))
+
+
+def _put(model: nn.Module, slot: LinearSlot, layer: AdaptedLinear) -> None:
+    """Put a layer around the one that is there, on its device and in the mode of the model."""
+    slot.replace(layer.to(next(layer.base.parameters()).device).train(model.training))
+
+
+def _load_tuned(model: nn.Module, contents: Contents, slots: Mapping[str, LinearSlot]) -> None:
+    """Weights of norms in their places, biases around their layers."""
+    tuned: list[str] = []
+    for name, value in contents.tuned.items():
+        path, _, parameter = name.rpartition(".")
+        if parameter == "bias":
+            _put(model, slots[path], BiasLinear(slots[path].module, Bias(value)))
         else:
-            unknown.append(name)
-    incomplete = [path for path, parts in pairs.items() if len(parts) < 2]
-    if unknown or incomplete or not pairs:
-        raise ModelError(f"{folder / WEIGHTS}: does not fit the model: {', '.join(unknown + incomplete) or 'empty'}")
-    for path, parts in pairs.items():
-        base = cast(nn.Linear, slots[path].module)
-        shape = (int(base.out_features), int(base.in_features))
-        rank, alpha = parts["lora_A"].shape[0], config["lora_alpha"]
-        if parts["lora_B"].shape != (shape[0], rank) or parts["lora_A"].shape != (rank, shape[1]):
-            raise ModelError(f"{folder / WEIGHTS}: {path} is made for another size than {list(shape)}")
-        if path in bases and bases[path].shape != shape:
-            raise ModelError(f"{folder / WEIGHTS}: {path}.base_layer is {list(bases[path].shape)}, not {list(shape)}")
-        dropout, rslora = config.get("lora_dropout") or 0.0, bool(config.get("use_rslora"))
-        adapter = Adapter(shape[1], shape[0], rank, alpha, dropout, rslora)
-        if path in bases:
-            base.weight.data.copy_(bases[path])
-        adapter.A.data, adapter.B.data = parts["lora_A"], parts["lora_B"]
-        device = next(base.parameters()).device
-        slots[path].replace(LoRALinear(base, {ADAPTER: adapter}).to(device).train(model.training))
+            device = model.get_parameter(name).device
+            model.get_submodule(path).weight = nn.Parameter(value.to(device), requires_grad=False)
+            tuned.append(path)
+    tune(model, tuple(tuned))

@@ -7,8 +7,9 @@ from typing import Literal, cast
 from torch import nn
 
 from tuner.errors import ModelError
-from tuner.peft.lora_linear import Adapter, LoRALinear
-from tuner.types import CausalLM, Fraction, PositiveFloat, PositiveInt
+from tuner.peft.lora_linear import Adapter, LoRALinear, scale_of
+from tuner.peft.token_rows import train_new_tokens
+from tuner.types import CausalLM, Fraction, LinearSlot, PositiveFloat, PositiveInt
 
 ADAPTER = "default"
 
@@ -39,8 +40,9 @@ class LoRA:
         apply_lora_to_output: bool,
         use_rslora: bool,
     ) -> None:
-        self.name = name
+        self.name: str = name
         self.rank, self.alpha, self.dropout, self.use_rslora = lora_rank, lora_alpha, lora_dropout, use_rslora
+        self.scale = scale_of(lora_rank, lora_alpha, use_rslora)
         self.roles = set(lora_attn_modules)
         if apply_lora_to_mlp:
             self.roles.add("mlp")  # type: ignore[arg-type]
@@ -48,16 +50,21 @@ class LoRA:
             self.roles.add("output")  # type: ignore[arg-type]
 
     def adapt(self, model: nn.Module) -> None:
-        """Replace the chosen layers in place; afterwards only the adapters have `requires_grad`.
+        """Replace the chosen layers in place; afterwards only adapters and rows of new tokens have `requires_grad`.
 
         Raises:
-            ModelError: no layer matches, a rank above a layer's size, or an adapted head that is also the embedding.
+            ModelError: no layer matches, a rank above a layer's size, or an adapted head that is also the embedding or
+                has new rows.
         """
         lm = cast(CausalLM, model)
         if "output" in self.roles and lm.tied:
             raise ModelError(
                 "peft.apply_lora_to_output=true: the output head of this model is its embedding matrix "
                 "(tie_word_embeddings), and an adapter on one of the two would untie them"
+            )
+        if "output" in self.roles and lm.new_tokens:
+            raise ModelError(
+                "peft.apply_lora_to_output=true: the output head gets rows for model.add_tokens, which train themselves"
             )
         model.requires_grad_(False)
         slots = [slot for slot in lm.linears() if slot.role in self.roles]
@@ -66,14 +73,24 @@ class LoRA:
             raise ModelError(f"LoRA matches no layer: {sorted(self.roles)} chosen, the model has {available}")
         for slot in slots:
             base = slot.module
-            adapter = self._adapter(slot.path, base.in_features, base.out_features)  # type: ignore[arg-type]
-            device = next(base.parameters()).device
-            slot.replace(LoRALinear(base, {ADAPTER: adapter}).to(device).train(model.training))
+            self._require_room(slot)
+            layer = LoRALinear(base, {ADAPTER: self.adapter(slot)})
+            slot.replace(layer.to(next(base.parameters()).device).train(model.training).begin())
+        train_new_tokens(model)
 
-    def _adapter(self, path: str, in_features: int, out_features: int) -> Adapter:
+    def adapter(self, slot: LinearSlot) -> Adapter:
+        """A new adapter of a layer."""
+        return Adapter(*self.sizes(slot), self.rank, self.alpha, self.dropout, self.use_rslora)
+
+    @staticmethod
+    def sizes(slot: LinearSlot) -> tuple[int, int]:
+        """Input and output features of a layer."""
+        return int(slot.module.in_features), int(slot.module.out_features)  # type: ignore[arg-type]
+
+    def _require_room(self, slot: LinearSlot) -> None:
+        in_features, out_features = self.sizes(slot)
         if self.rank > min(in_features, out_features):
             raise ModelError(
-                f"peft.lora_rank={self.rank} is larger than {path} [{out_features} x {in_features}]: "
+                f"peft.lora_rank={self.rank} is larger than {slot.path} [{out_features} x {in_features}]: "
                 f"at most {min(in_features, out_features)}"
             )
-        return Adapter(in_features, out_features, self.rank, self.alpha, self.dropout, self.use_rslora)

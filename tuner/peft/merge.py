@@ -1,4 +1,8 @@
-"""Adapters added into the weights they adapt, so that what is left is a plain model."""
+"""Adapters added into the weights they adapt: the parameters of a plain model, each made when it is asked for.
+
+The adapted model stays as it is, so that a run may write its merged weights and train on, and no second model is held.
+Sums are made in fp32 and rounded once.
+"""
 
 from __future__ import annotations
 
@@ -7,43 +11,34 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from tuner.errors import ModelError
-from tuner.peft.lora_linear import Adapter, LoRALinear, dense_weight
+from tuner.peft.adapted import AdaptedLinear
+from tuner.peft.token_rows import TokenRows
 from tuner.types import CausalLM, FrozenLinear
 
 
-def merged_weight(layer: LoRALinear) -> Tensor:
-    """`W + Σ scale · B A` in fp32, [out, in]."""
-    weight = dense_weight(layer.base).float()
-    for adapter in layer.adapters.values():
-        weight = weight + cast(Adapter, adapter).delta()
-    return weight
+def unties(model: nn.Module) -> bool:
+    """Whether head and embedding, which are one matrix, are two in the plain model: where an adapter is on the head."""
+    lm = cast(CausalLM, model)
+    return lm.tied and isinstance(lm.lm_head, AdaptedLinear)
 
 
 @torch.no_grad()
-def merge_adapters(model: nn.Module, dtype: torch.dtype) -> None:
-    """Replace adapted and packed layers by plain linear ones in `dtype`, in place.
+def plain_parameter(model: nn.Module, name: str, dtype: torch.dtype) -> Tensor:
+    """A parameter of the plain model in `dtype`, whatever is in its layer's place here.
 
-    Sums are made in fp32 and rounded once.
-
-    Raises:
-        ModelError: an adapted head that is also the embedding: the sum would be no plain tied model.
+    Args:
+        model: with adapters, packed layers or rows of tokens that trained; it computes what it computed.
+        name: in the plain model.
+        dtype: that the model computes in.
     """
-    lm = cast(CausalLM, model)
-    if lm.tied and isinstance(lm.lm_head, LoRALinear):
-        raise ModelError("this adapter changes lm_head, which is also the embedding matrix: merging would untie them")
-    for slot in lm.linears():
-        layer = slot.module
-        if isinstance(layer, LoRALinear):
-            slot.replace(_linear(merged_weight(layer), layer.base.bias, dtype))
-        elif isinstance(layer, FrozenLinear):
-            slot.replace(_linear(layer.dense_weight(), layer.bias, dtype))
-
-
-def _linear(weight: Tensor, bias: Tensor | nn.Module | None, dtype: torch.dtype) -> nn.Linear:
-    out_features, in_features = weight.shape
-    linear = nn.Linear(in_features, out_features, bias=bias is not None, device="meta")
-    linear.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
-    if isinstance(bias, Tensor):
-        linear.bias = nn.Parameter(bias.detach().to(dtype), requires_grad=False)
-    return linear
+    path, _, kind = name.rpartition(".")
+    module = model.get_submodule(path)
+    if isinstance(module, AdaptedLinear):
+        value = module.merged_weight() if kind == "weight" else cast(Tensor, module.merged_bias())
+    elif kind != "weight":
+        value = cast(Tensor, getattr(module, kind))
+    elif isinstance(module, TokenRows):
+        value = module.current_weight()
+    else:
+        value = module.dense_weight() if isinstance(module, FrozenLinear) else cast(Tensor, module.weight)
+    return value.detach().to(dtype)
