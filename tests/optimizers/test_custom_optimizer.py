@@ -13,16 +13,22 @@ import pytest
 import torch
 from torch import nn
 
+from tuner.build import build_optimizer
 from tuner.config import check, compose
 from tuner.errors import ConfigError
 from tuner.optimizers.custom import custom, find
+from tuner.optimizers.groups import Trained
 from tuner.quiet import import_bitsandbytes
-from tuner.train import build_optimizer
 
 
 def new_params() -> list[nn.Parameter]:
     generator = torch.Generator().manual_seed(0)
     return [nn.Parameter(torch.randn(80, 64, generator=generator))]
+
+
+def given(params: list[nn.Parameter]) -> list[Trained]:
+    """As an optimizer of ours takes them."""
+    return [Trained(str(number), param, "matrices") for number, param in enumerate(params)]
 
 
 @pytest.mark.parametrize(
@@ -42,7 +48,7 @@ def test_equals_the_class_itself(target: str, keys: dict[str, Any]) -> None:
     ours, theirs = new_params(), new_params()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        optimizer = custom(target, ours, keys, [])
+        optimizer = custom(target, given(ours), keys, [])
         reference = getattr(importlib.import_module(module), name)(theirs, **keys)
         assert type(optimizer) is type(reference)
         for step in range(4):
@@ -56,7 +62,7 @@ def test_equals_the_class_itself(target: str, keys: dict[str, Any]) -> None:
 
 def test_a_paged_class_says_that_a_cpu_does_not_page() -> None:
     with pytest.warns(UserWarning, match="optimizer: nothing is paged on a CPU"):
-        custom("bitsandbytes.optim.PagedLion", new_params(), {"lr": 0.01}, [])
+        custom("bitsandbytes.optim.PagedLion", given(new_params()), {"lr": 0.01}, [])
 
 
 @pytest.mark.parametrize(
@@ -80,25 +86,38 @@ def test_what_cannot_be_an_optimizer_here_is_refused(target: str, message: str) 
 
 def test_keys_the_class_does_not_take_are_named_together() -> None:
     with pytest.raises(ConfigError) as caught:
-        custom("torch.optim.RAdam", new_params(), {"lr": 0.01, "fused": True, "epsilon": 1e-8}, [])
+        custom("torch.optim.RAdam", given(new_params()), {"lr": 0.01, "fused": True, "epsilon": 1e-8}, [])
     fused, epsilon = caught.value.problems
     assert fused.startswith("optimizer.fused=True: torch.optim.RAdam has no such argument (~optimizer.fused takes")
     assert epsilon.startswith("optimizer.epsilon=1e-08: ")
-    assert "valid: betas, capturable, decoupled_weight_decay, differentiable, eps, foreach, lr" in epsilon
+    assert (
+        "valid: betas, capturable, decoupled_weight_decay, differentiable, eps, foreach, loraplus_lr_ratio" in epsilon
+    )
+
+
+def test_groups_are_made_for_any_class_that_can_have_them() -> None:
+    params = [Trained("a", *new_params(), "A"), Trained("b", *new_params(), "B"), Trained("n", *new_params(), "norms")]
+    keys = {"lr": 0.5, "weight_decay": 0.1, "loraplus_lr_ratio": 4.0, "no_decay": ["norms"]}
+    optimizer = custom("torch.optim.RAdam", params, keys, [])
+    found = [(group["params"], group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
+    assert found == [([params[0].param], 0.5, 0.1), ([params[2].param], 0.5, 0.0), ([params[1].param], 2.0, 0.1)]
+    with pytest.raises(ConfigError, match=r"optimizer\.no_decay=\['norms'\]: torch\.optim\.Rprop has no weight_decay"):
+        custom("torch.optim.Rprop", params, {"lr": 0.5, "no_decay": ["norms"]}, [])
+    assert len(custom("torch.optim.Rprop", params, {"lr": 0.5, "no_decay": []}, []).param_groups) == 1
 
 
 def test_fused_sgd_that_would_not_train_is_refused() -> None:
     keys = {"lr": 0.1, "fused": True}
-    custom("torch.optim.SGD", new_params(), keys, [])
+    custom("torch.optim.SGD", given(new_params()), keys, [])
     with pytest.raises(
         ConfigError, match=r"optimizer\.fused=true: on a CPU, PyTorch's fused SGD skips bf16 parameters"
     ):
-        custom("torch.optim.SGD", [nn.Parameter(new_params()[0].bfloat16())], keys, [])
+        custom("torch.optim.SGD", given([nn.Parameter(new_params()[0].bfloat16())]), keys, [])
 
 
 def test_a_value_the_class_refuses_is_one_clear_line() -> None:
     with pytest.raises(ConfigError) as caught:
-        custom("torch.optim.RAdam", new_params(), {"lr": -1.0}, [])
+        custom("torch.optim.RAdam", given(new_params()), {"lr": -1.0}, [])
     assert caught.value.problems == [
         "optimizer._target_=torch.optim.RAdam refuses its keys: Invalid learning rate: -1.0"
     ]
@@ -123,7 +142,7 @@ def test_a_class_of_a_trusted_package_is_built_as_the_configuration_says(my_pack
     words = ["optimizer=custom", f"optimizer._target_={my_package}.optimizers.Mine", "optimizer.lr=0.5"]
     cfg = compose([*words, f"trust_targets=[{prefix.format(my_package)}]"])
     check(cfg)
-    optimizer = build_optimizer(cfg.optimizer, new_params(), cfg.trust_targets)
+    optimizer = build_optimizer(cfg.optimizer, given(new_params()), cfg.trust_targets)
     assert type(optimizer).__qualname__ == "Mine"
     assert optimizer.param_groups[0]["lr"] == 0.5
 

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-from torch.optim.optimizer import ParamsT
 
 from tuner.optimizers.betas import checked
+from tuner.optimizers.groups import NoDecay, Trained, groups
 from tuner.types import NonNegativeFloat, PositiveFloat
 
 
 def adamw(
-    params: ParamsT,
+    params: Sequence[Trained],
     lr: PositiveFloat,
     betas: list[float],
     eps: PositiveFloat,
     weight_decay: NonNegativeFloat,
     fused: bool,
+    loraplus_lr_ratio: PositiveFloat | None,
+    no_decay: NoDecay,
 ) -> torch.optim.AdamW:
     """`torch.optim.AdamW`; its state is two tensors of each parameter's shape and dtype."""
-    return torch.optim.AdamW(params, lr=lr, betas=checked(betas), eps=eps, weight_decay=weight_decay, fused=fused)
+    return torch.optim.AdamW(
+        groups(params, lr, loraplus_lr_ratio, no_decay),
+        lr=lr,
+        betas=checked(betas),
+        eps=eps,
+        weight_decay=weight_decay,
+        fused=fused,
+    )

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch.optim import Optimizer
-from torch.optim.optimizer import ParamsT
 
 from tuner.optimizers.betas import checked
+from tuner.optimizers.groups import NoDecay, Trained, groups
 from tuner.quiet import import_bitsandbytes
 from tuner.types import NonNegativeFloat, NonNegativeInt, PositiveFloat
 
 
 def adamw8bit(
-    params: ParamsT,
+    params: Sequence[Trained],
     lr: PositiveFloat,
     betas: list[float],
     eps: PositiveFloat,
     weight_decay: NonNegativeFloat,
     min_8bit_size: NonNegativeInt,
+    loraplus_lr_ratio: PositiveFloat | None,
+    no_decay: NoDecay,
 ) -> Optimizer:
     """`bitsandbytes.optim.AdamW8bit`: two bytes of state a parameter, in blocks of 256.
 
@@ -25,6 +29,11 @@ def adamw8bit(
     """
     optim = import_bitsandbytes().optim
     optimizer: Optimizer = optim.AdamW8bit(
-        params, lr=lr, betas=checked(betas), eps=eps, weight_decay=weight_decay, min_8bit_size=min_8bit_size
+        groups(params, lr, loraplus_lr_ratio, no_decay),
+        lr=lr,
+        betas=checked(betas),
+        eps=eps,
+        weight_decay=weight_decay,
+        min_8bit_size=min_8bit_size,
     )
     return optimizer

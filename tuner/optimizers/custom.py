@@ -11,23 +11,27 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from torch.optim import Optimizer
-from torch.optim.optimizer import ParamsT
 
 from tuner.errors import ConfigError, nearest
-from tuner.optimizers.paging import warn_on_cpu
+from tuner.optimizers.groups import Trained, groups
+from tuner.optimizers.paging import set_up_paging
 from tuner.quiet import import_bitsandbytes
 
 MODULES = ("torch.optim", "bitsandbytes.optim")
 """Where a class may come from unasked; of anything else, a configuration makes only what is trusted be imported."""
 
 
-def custom(target: str, params: ParamsT, keys: Mapping[str, Any], trusted: Sequence[str]) -> Optimizer:
+OURS = ("loraplus_lr_ratio", "no_decay")
+"""Keys that make groups of parameters, which every optimizer takes; the others are arguments of its class."""
+
+
+def custom(target: str, params: Sequence[Trained], keys: Mapping[str, Any], trusted: Sequence[str]) -> Optimizer:
     """The optimizer of class `target` over `params`, every key given to it as an argument.
 
     Args:
         target: dotted name of the class.
         params: what it steps.
-        keys: its arguments by name.
+        keys: its arguments by name, and those of `OURS`; one that is not there is off.
         trusted: the dotted prefixes of `trust_targets`.
 
     Raises:
@@ -37,14 +41,15 @@ def custom(target: str, params: ParamsT, keys: Mapping[str, Any], trusted: Seque
     optimizer_class = find(target, trusted)
     if problems := _unknown_keys(target, optimizer_class, keys):
         raise ConfigError(problems)
-    arguments = {key: tuple(value) if isinstance(value, list) else value for key, value in keys.items()}
+    own = {key: tuple(value) if isinstance(value, list) else value for key, value in keys.items() if key not in OURS}
+    given = groups(params, keys.get("lr"), keys.get("loraplus_lr_ratio"), keys.get("no_decay", []))
     try:
-        optimizer = cast(Any, optimizer_class)(params, **arguments)
+        optimizer = cast(Any, optimizer_class)(given, **own)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"optimizer._target_={target} refuses its keys: {error}") from error
     _refuse_fused_sgd(target, optimizer)
     if getattr(optimizer, "is_paged", False):
-        warn_on_cpu(optimizer)
+        set_up_paging(optimizer)
     return cast(Optimizer, optimizer)
 
 
@@ -96,8 +101,11 @@ def _classes(target: str, module: str) -> dict[str, type[Optimizer]]:
 
 
 def _unknown_keys(target: str, optimizer_class: type[Optimizer], keys: Mapping[str, Any]) -> list[str]:
-    valid = [name for name in inspect.signature(optimizer_class).parameters if name != "params"]
-    return [
+    arguments = [name for name in inspect.signature(optimizer_class).parameters if name != "params"]
+    valid = [*arguments, *OURS]
+    undecayed = bool(keys.get("no_decay")) and "weight_decay" not in arguments
+    wrong = [f"optimizer.no_decay={keys['no_decay']}: {target} has no weight_decay"] if undecayed else []
+    return wrong + [
         f"optimizer.{key}={value}: {target} has no such argument (~optimizer.{key} takes the key away); "
         f"{nearest(key, valid)}"
         for key, value in keys.items()

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch.optim import Optimizer
-from torch.optim.optimizer import ParamsT
 
 from tuner.optimizers.betas import checked
-from tuner.optimizers.paging import warn_on_cpu
+from tuner.optimizers.groups import NoDecay, Trained, groups
+from tuner.optimizers.paging import set_up_paging
 from tuner.quiet import import_bitsandbytes
 from tuner.types import NonNegativeFloat, NonNegativeInt, PositiveFloat
 
 
 def paged_adamw8bit(
-    params: ParamsT,
+    params: Sequence[Trained],
     lr: PositiveFloat,
     betas: list[float],
     eps: PositiveFloat,
     weight_decay: NonNegativeFloat,
     min_8bit_size: NonNegativeInt,
+    loraplus_lr_ratio: PositiveFloat | None,
+    no_decay: NoDecay,
 ) -> Optimizer:
     """`bitsandbytes.optim.PagedAdamW8bit`: 8-bit state in CUDA managed memory; on a CPU no paging, which is said.
 
@@ -26,7 +30,12 @@ def paged_adamw8bit(
     """
     optim = import_bitsandbytes().optim
     optimizer: Optimizer = optim.PagedAdamW8bit(
-        params, lr=lr, betas=checked(betas), eps=eps, weight_decay=weight_decay, min_8bit_size=min_8bit_size
+        groups(params, lr, loraplus_lr_ratio, no_decay),
+        lr=lr,
+        betas=checked(betas),
+        eps=eps,
+        weight_decay=weight_decay,
+        min_8bit_size=min_8bit_size,
     )
-    warn_on_cpu(optimizer)
+    set_up_paging(optimizer)
     return optimizer

@@ -6,19 +6,23 @@ a word (https://github.com/pytorch/pytorch/issues/191763), and SGD is no part of
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-from torch.optim.optimizer import ParamsT
 
 from tuner.errors import ConfigError
+from tuner.optimizers.groups import NoDecay, Trained, groups
 from tuner.types import Fraction, NonNegativeFloat, PositiveFloat
 
 
 def sgd(
-    params: ParamsT,
+    params: Sequence[Trained],
     lr: PositiveFloat,
     momentum: Fraction,
     nesterov: bool,
     weight_decay: NonNegativeFloat,
+    loraplus_lr_ratio: PositiveFloat | None,
+    no_decay: NoDecay,
 ) -> torch.optim.SGD:
     """`torch.optim.SGD`; its state is one tensor of each parameter's shape and dtype, none without momentum.
 
@@ -27,4 +31,10 @@ def sgd(
     """
     if nesterov and momentum == 0.0:
         raise ConfigError("optimizer.nesterov=true needs momentum: set optimizer.momentum above 0, as 0.9")
-    return torch.optim.SGD(params, lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay)
+    return torch.optim.SGD(
+        groups(params, lr, loraplus_lr_ratio, no_decay),
+        lr=lr,
+        momentum=momentum,
+        nesterov=nesterov,
+        weight_decay=weight_decay,
+    )
