@@ -176,3 +176,11 @@ def test_numerical_gradient_of_the_hidden_states() -> None:
     step = 1e-2
     up, down = (sum_cross_entropy(hidden + sign * step * direction, labels, head).detach() for sign in (1, -1))
     assert float((gradient * direction).sum()) == pytest.approx(float(up - down) / (2 * step), rel=1e-3)
+
+
+def test_its_gradient_is_taken_once() -> None:
+    hidden, labels = torch.randn(1, 4, 32, requires_grad=True), torch.randint(0, 50, (1, 4))
+    loss = sum_cross_entropy(hidden, labels, nn.Linear(32, 50, bias=False))
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="twice"):
+        loss.backward()

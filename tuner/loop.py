@@ -6,14 +6,18 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import Literal, Protocol, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tuner.errors import TrainingError
 from tuner.loss import sum_cross_entropy
-from tuner.types import Batch, CausalLM, State
+from tuner.loss_scale import LossScale
+from tuner.types import Batch, CausalLM, State, StepsInBackward
+
+MOST_NAMED = 32
+"""Samples that a message names; of more it says how many."""
 
 
 class Schedule(Protocol):
@@ -33,8 +37,11 @@ class Step:
         grad_norm: of the whole gradient, before clipping.
         lr: learning rate of the first group.
         tokens: of the window, prompts included, padding excluded.
+        padding_share: of all positions of its batches, those that are padding.
         ends_epoch: whether the window was an epoch's last.
         seconds: what it took.
+        skipped: what was not finite, and in which samples, where the gradient was dropped for it; None of a good step.
+        loss_scale: what the loss was multiplied with in this step; None where it is not scaled.
     """
 
     number: int
@@ -42,14 +49,28 @@ class Step:
     grad_norm: float
     lr: float
     tokens: int
+    padding_share: float
     ends_epoch: bool
     seconds: float
+    skipped: str | None = None
+    loss_scale: float | None = None
 
 
 def training_steps(
-    state: State, schedule: Schedule, *, total_steps: int, clip_grad_norm: float | None, device: torch.device
+    state: State,
+    schedule: Schedule,
+    *,
+    total_steps: int,
+    clip_grad_norm: float | None,
+    device: torch.device,
+    on_nonfinite: Literal["stop", "skip"] = "stop",
+    clip_grad_norm_per_parameter: float | None = None,
+    in_backward: StepsInBackward | None = None,
 ) -> Iterator[Step]:
     """Train until `total_steps`, yielding after each step; `state` is consistent whenever this yields.
+
+    A step that is skipped takes its place among the steps, in the data and in the schedule, and leaves weights and
+    optimizer, its counts of steps included, as they were.
 
     Args:
         state: continued where it stands.
@@ -57,9 +78,15 @@ def training_steps(
         total_steps: of the whole run, those already done included.
         clip_grad_norm: largest norm of the gradient; None leaves it.
         device: where batches go.
+        on_nonfinite: whether a loss or gradient norm that is not finite ends the run or skips the step. Gradients that
+            overflow because of `state.loss_scale` always skip it: that is how the scale is found.
+        clip_grad_norm_per_parameter: largest norm of each parameter's gradient; None leaves it.
+        in_backward: steps the parameters, clipping included, of windows of one batch; `on_nonfinite` is `stop`, and
+            there is no `state.loss_scale`.
 
     Raises:
-        TrainingError: a loss or gradient that is not finite; the parameters are as they were before the step.
+        TrainingError: a loss or gradient norm that is not finite; the parameters are as they were before the step, or,
+            where they were stepped in backward and the loss was finite, as the message says.
     """
     trained = [p for group in state.optimizer.param_groups for p in group["params"]]
     base_lrs = [group.setdefault("initial_lr", group["lr"]) for group in state.optimizer.param_groups]
@@ -69,37 +96,109 @@ def training_steps(
         for group, lr in zip(state.optimizer.param_groups, base_lrs, strict=True):
             group["lr"] = lr * factor
         window = [batch.to(device) for batch in next(state.batches)]
-        loss = backward(state.model, window)
+        scale = None if state.loss_scale is None else state.loss_scale.value
+        losses = add_gradients(state.model, window, scale or 1.0, only_if_finite=in_backward is not None)
+        loss = float(sum(losses))  # CPU-GPU sync point
         tokens = sum(batch.num_tokens for batch in window)
-        norm = float(nn.utils.clip_grad_norm_(trained, clip_grad_norm or math.inf))  # CPU-GPU sync point
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise TrainingError(f"step {state.step + 1}: loss {loss}, gradient norm {norm}: not finite, not stepped")
-        state.optimizer.step()
+        if state.loss_scale is not None:
+            state.loss_scale.unscale_(trained)
+        if in_backward is None:
+            norm = float(clipped(trained, clip_grad_norm, clip_grad_norm_per_parameter))  # CPU-GPU sync point
+        else:
+            norm = float(in_backward.grad_norm())  # CPU-GPU sync point
+        wrong = None
+        if math.isfinite(loss) and math.isfinite(norm):
+            if in_backward is None:
+                state.optimizer.step()
+            state.train_loss = loss
+            if state.loss_scale is not None:
+                state.loss_scale.count(overflowed=False)
+        elif state.loss_scale is not None and math.isfinite(loss) and state.loss_scale.can_shrink:
+            state.loss_scale.count(overflowed=True)
+            wrong = overflow_said(state.step + 1, scale, state.loss_scale)
+            state.skipped_steps += 1
+        else:
+            numbers, samples = f"loss {loss}, gradient norm {norm}", named_samples(window, losses)
+            stepped = "stepped in backward" if in_backward is not None and math.isfinite(loss) else "not stepped"
+            wrong = f"step {state.step + 1}: {numbers}: not finite, {stepped}{samples}"
+            if on_nonfinite == "stop":
+                raise TrainingError(f"{wrong}; train.on_nonfinite=skip leaves such steps out")
+            state.skipped_steps += 1
         state.optimizer.zero_grad(set_to_none=True)
         state.step += 1
         state.tokens += tokens
-        state.train_loss = loss
         seconds = time.perf_counter() - started
         state.seconds += seconds
-        yield Step(state.step, loss, norm, base_lrs[0] * factor, tokens, state.batches.at_epoch_end, seconds)
+        padding = 1 - tokens / sum(batch.tokens.numel() for batch in window)
+        lr, ends_epoch = base_lrs[0] * factor, state.batches.at_epoch_end
+        yield Step(state.step, loss, norm, lr, tokens, padding, ends_epoch, seconds, wrong, scale)
+
+
+def overflow_said(step: int, scale: float | None, now: LossScale) -> str:
+    """What a person reads of a step whose scaled gradients overflowed."""
+    return (
+        f"step {step}: gradients overflow float16 with the loss scaled by {scale:g}, not stepped; from here on it is "
+        f"scaled by {now.value:g}, as is usual in the first steps"
+    )
+
+
+def clipped(trained: Sequence[nn.Parameter], whole: float | None, each: float | None) -> Tensor:
+    """Clip gradients in place, each parameter's own and that of all together, to these norms; None leaves them.
+
+    Returns:
+        The norm of the whole gradient before.
+    """
+    if each is None:
+        return nn.utils.clip_grad_norm_(trained, whole or math.inf)
+    norms = [nn.utils.clip_grad_norm_(p, each) for p in trained if p.grad is not None]
+    whole_norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    return whole_norm
 
 
 def backward(model: nn.Module, window: Sequence[Batch]) -> float:
-    """Add the gradient of a window's mean loss, batch by batch.
+    """Add the gradient of a window's mean loss, and return that loss: the mean a trained token."""
+    return float(sum(add_gradients(model, window)))
+
+
+def add_gradients(
+    model: nn.Module, window: Sequence[Batch], scale: float = 1.0, *, only_if_finite: bool = False
+) -> list[Tensor]:
+    """Add `scale` times the gradient of a window's mean loss, batch by batch.
 
     Each batch counts by its trained tokens among those of the whole window, so accumulating equals one large batch.
 
+    Args:
+        only_if_finite: end at a batch whose loss is not, before its backward pass: a CPU-GPU sync point there.
+
     Returns:
-        The mean loss a trained token.
+        Each batch's part of the mean loss a trained token, on the device: reading one is a CPU-GPU sync point.
     """
     lm = cast(CausalLM, model)
     trained = max(sum(batch.num_trained for batch in window), 1)  # nothing to train on: no loss, and no gradient
-    total = torch.zeros((), device=window[0].tokens.device)
+    losses = []
     for batch in window:
-        loss = sum_cross_entropy(lm.hidden(batch.tokens), batch.labels, lm.lm_head) / trained
+        hidden = lm.hidden(batch.tokens, documents=batch.documents)
+        loss = sum_cross_entropy(hidden, batch.labels, lm.lm_head, lm.logit_softcap, scale / trained, lm.device_type)
+        losses.append(loss.detach() / scale)
+        if only_if_finite and not math.isfinite(losses[-1]):
+            break
         loss.backward()  # type: ignore[no-untyped-call]
-        total += loss.detach()
-    return float(total)
+    return losses
+
+
+def named_samples(window: Sequence[Batch], losses: Sequence[Tensor]) -> str:
+    """The samples of the batches whose own loss is not finite, of all where only the gradient is not, as a clause.
+
+    Args:
+        window: what was trained on.
+        losses: of each batch up to the first that ended the pass, which is not finite then.
+    """
+    own = [batch for batch, loss in zip(window, losses, strict=False) if not math.isfinite(loss)]
+    ids = sorted({number for batch in own or window for number in batch.sample_ids})
+    if not ids:
+        return ""
+    more = f" and {len(ids) - MOST_NAMED} more" if len(ids) > MOST_NAMED else ""
+    return f"; samples {', '.join(map(str, ids[:MOST_NAMED]))}{more}"
 
 
 @torch.no_grad()
@@ -111,7 +210,10 @@ def evaluate(model: nn.Module, batches: Sequence[Batch], device: torch.device) -
     total, tokens = 0.0, 0
     for batch in batches:
         moved = batch.to(device)
-        total += float(sum_cross_entropy(lm.hidden(moved.tokens), moved.labels, lm.lm_head))
+        hidden = lm.hidden(moved.tokens, documents=moved.documents)
+        total += float(
+            sum_cross_entropy(hidden, moved.labels, lm.lm_head, lm.logit_softcap, device_type=lm.device_type)
+        )
         tokens += batch.num_trained
     model.train(was_training)
     return total / tokens
