@@ -57,7 +57,7 @@ def status(path: Path) -> None:
     folder = SweepFolder(path)
     entries = folder.entries()
     objective = folder.read()["objective"]
-    show(rows_of(folder, entries, objective), path / RESULTS, objective, [], {})
+    show(rows_of(folder, entries, objective), path / RESULTS, objective, [])
 
 
 if __name__ == "__main__":

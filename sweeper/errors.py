@@ -15,6 +15,10 @@ class SubmissionRefused(TunerError):
     """The scheduler took none of the trials; the message is its own."""
 
 
+LOG_NOTE = "log "
+"""How a launcher's note on the error of a job begins that names the file which holds what the job printed."""
+
+
 class JobDied(Exception):
     """A job that ended without a result: killed, cancelled or out of time.
 

@@ -16,18 +16,26 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 import tuner
 from sweeper import table, trial
-from sweeper.errors import SweepIncomplete
+from sweeper.errors import LOG_NOTE, SweepIncomplete
 from sweeper.folder import SweepFolder
+from sweeper.pins import pinned
 from sweeper.plan import Trial, trials_of
 from sweeper.results import Row, rows_of, write_results
 from sweeper.tracking import MlflowSweep, NoTracking, Tracking, settings_of
 from sweeper.watch import Watch
 from tuner.config import as_word, load_point, quoted
 from tuner.errors import ConfigError, Interrupted, TunerError
+
+RERUN = {
+    "none": ("stopped",),
+    "failed": ("stopped", "failed"),
+    "all": ("stopped", "failed", "finished"),
+}
+"""What is run again, by `sweep.rerun`; a trial that has not ended is run in any case."""
 
 
 class GridSweeper(Sweeper):
@@ -37,7 +45,6 @@ class GridSweeper(Sweeper):
         """The task is replaced by one that runs a frozen folder; of the given one only its `switches` are read."""
         self.context = hydra_context
         self.master = config
-        self.logs: dict[str, list[str]] = {}  # of trials that failed: what launchers note on their errors
         self.switches: list[str] = list(getattr(task_function, "switches", []))
         self.launcher: Launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=trial.run_submitted, config=config
@@ -50,19 +57,20 @@ class GridSweeper(Sweeper):
             arguments: the words without Hydra's own.
 
         Raises:
-            ConfigError: a word of any point is wrong, before anything is written.
+            TunerError: a word of any point is wrong, or the hub does not give a model, before anything is written.
             SweepIncomplete: not every point finished; what did is kept and was shown.
             Interrupted: by Ctrl-C; the trials that ran have saved.
         """
         folder = SweepFolder(Path(self.master.hydra.sweep.dir).absolute())
-        asked = trials_of(arguments, self.context.config_loader, self.compose)
+        asked = pinned(trials_of(arguments, self.context.config_loader, self.compose), folder)
         illegal = [one for one in asked if one.illegal is not None]
         if illegal and self.master.sweep.on_illegal == "refuse":
             raise ConfigError([f"{one.name}: {one.illegal}" for one in illegal])
+        due = [one for one in asked if one.illegal is None and self.is_due(folder.out(one.id))]
+        self.require_data(due)
         objective = next(str(one.config.train.objective) for one in asked if one.config is not None)
         with folder.held():
             entries = folder.record([*self.switches, *arguments], objective, asked)
-            due = [one for one in asked if one.illegal is None and self.is_due(folder.out(one.id))]
             say(f"{len(asked)} trials, {len(due)} to run, {len(illegal)} illegal; folder {folder.path}")
             returns: list[Sequence[JobReturn]] = []
             interrupt: KeyboardInterrupt | None = None
@@ -77,7 +85,7 @@ class GridSweeper(Sweeper):
                 rows = rows_of(folder, entries, objective)
                 results = write_results(rows, folder)
                 address = self.close(tracking, rows)
-        table.show(rows, results, objective, self.switches, self.logs)
+        table.show(rows, results, objective, self.switches)
         if address is not None:
             say(f"compare  {address}")
         self.raise_unless_done(rows, {one.id for one in asked}, folder, interrupt)
@@ -87,19 +95,32 @@ class GridSweeper(Sweeper):
         """The configuration of one point."""
         return load_point(self.context.config_loader, self.master, words)
 
+    def require_data(self, trials: Sequence[Trial]) -> None:
+        """Find a file that is not there now, not in a process of each trial. Nodes of a cluster may see other files.
+
+        Raises:
+            ConfigError: naming all that are missing.
+        """
+        if getattr(self.launcher, "on_other_machines", False):
+            return
+        paths = [OmegaConf.select(one.config, "data.path") for one in trials if one.config is not None]
+        given = [path for path in dict.fromkeys(paths) if path is not None]
+        missing = [path for path in given if not Path(path).expanduser().exists()]
+        if missing:
+            raise ConfigError([f"data.path={path}: does not exist (looked in {Path.cwd()})" for path in missing])
+
     def is_due(self, out: Path) -> bool:
-        """Whether a trial is to be run; what an earlier attempt left is taken away if it is run from the beginning."""
-        rerun = self.master.sweep.rerun
+        """Whether a trial is to be run."""
         summary = trial.summary_of(out)
-        if summary is None or summary["status"] == "stopped":
-            return True
-        if rerun == "all":
+        return summary is None or summary["status"] in RERUN[self.master.sweep.rerun]
+
+    def cleared(self, out: Path) -> None:
+        """Take away what an earlier attempt left of a trial that is run from the beginning."""
+        if self.master.sweep.rerun == "all":
             trial.clear(out)
-        elif rerun == "failed" and summary["status"] == "failed":
+        elif (summary := trial.summary_of(out)) is not None and summary["status"] == "failed":
             (out / trial.SUMMARY).unlink()
-        else:
-            return False
-        return True
+            (out / trial.LOG).unlink(missing_ok=True)
 
     def tracking(self, folder: SweepFolder, asked: Sequence[Trial], due: Sequence[Trial]) -> Tracking:
         """MLflow where the trials log there and it can be reached; a store that is away stops no trial."""
@@ -120,6 +141,7 @@ class GridSweeper(Sweeper):
         config = one.config.copy()
         config.out = str(out)
         out.mkdir(parents=True, exist_ok=True)
+        self.cleared(out)
         tracking.address(one, config, out)
         if config.train.num_threads is None:
             config.train.num_threads = getattr(self.launcher, "cpus_of_each", None)
@@ -127,14 +149,16 @@ class GridSweeper(Sweeper):
         return out
 
     def launch(self, folder: SweepFolder, due: Sequence[Trial]) -> Sequence[JobReturn]:
-        """Hand the trials to the launcher; one that died without a summary gets one."""
+        """Hand the trials to the launcher; one that died without a summary gets one, and a link to its log."""
         place = as_word("hydra.sweep.dir", folder.path)  # absolute, wherever the job begins
         returns = self.launcher.launch([[*one.words, place, f"hydra.sweep.subdir={quoted(one.id)}"] for one in due], 0)
         for one, job in zip(due, returns, strict=True):
             if job.status is JobStatus.FAILED:
                 error = job._return_value
                 trial.record_death(folder.out(one.id), str(error) or type(error).__name__)
-                self.logs[one.id] = [*getattr(error, "__notes__", [])]
+                for note in getattr(error, "__notes__", []):
+                    if note.startswith(LOG_NOTE):
+                        trial.link_log(folder.out(one.id), Path(note.removeprefix(LOG_NOTE)))
         return returns
 
     def close(self, tracking: Tracking, rows: Sequence[Row]) -> str | None:

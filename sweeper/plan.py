@@ -22,7 +22,7 @@ from tuner.errors import ConfigError, IllegalCombination, UnknownKey
 
 ID_CHARACTERS = 10
 """After the letter: of ten thousand points two have the same id once in 20,000 sweeps."""
-NO_DIFFERENCE = ("out", "sweep", "logger", "trust_targets")
+NO_DIFFERENCE = ("out", "sweep", "estimate", "logger", "trust_targets")
 """Keys and groups of a run that say nothing about what it computes."""
 
 Compose = Callable[[Sequence[str]], DictConfig]
@@ -92,7 +92,8 @@ def trials_of(words: Sequence[str], loader: ConfigLoader, compose: Compose) -> l
         else:
             problems |= dict.fromkeys(lack.problems)
     if problems:
-        raise ConfigError(problems)
+        swept_axes = {str(overrides[index].input_line).lstrip("+"): axes[index] for index in swept}
+        raise ConfigError(_said_once(problems, swept_axes))
     return list(trials.values())
 
 
@@ -116,6 +117,23 @@ def _choices(override: Override) -> list[str]:
     if not choices:
         raise ConfigError(f"{override.input_line}: no value to choose from")
     return choices
+
+
+def _said_once(problems: Iterable[str], axes: Mapping[str, Sequence[str]]) -> list[str]:
+    """What is wrong with every value of an axis, as a key that does not exist, as one problem of the whole word.
+
+    Args:
+        problems: sentences that begin with the word of a point.
+        axes: words as they were given, each with those that it makes of points.
+    """
+    said = list(problems)
+    for line, choices in axes.items():
+        words = [choice.lstrip("+") for choice in choices]
+        rests = [{one.removeprefix(word) for one in said if one.startswith(f"{word}: ")} for word in words]
+        of_all = set.intersection(*rests)
+        whole = {f"{word}{rest}": f"{line}{rest}" for word in words for rest in of_all}
+        said = [whole.get(one, one) for one in said]
+    return list(dict.fromkeys(said))
 
 
 def _planned(words: Sequence[str], values: Mapping[str, str], config: DictConfig) -> Trial:

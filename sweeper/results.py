@@ -12,6 +12,7 @@ from typing import Any
 from sweeper.folder import Entry, SweepFolder
 from sweeper.plan import swept_keys
 from sweeper.trial import summary_of
+from tuner.runs import is_run, state_of
 
 RESULTS = "results.csv"
 NUMBERS = ("objective", "val_loss", "seconds", "peak_memory_mib", "trainable_params")
@@ -25,7 +26,8 @@ class Row:
 
     Attributes:
         entry: what it is.
-        status: `finished`, `failed`, `stopped`, `illegal`, or `pending` where nothing has ended yet.
+        status: `finished`, `failed`, `stopped` or `illegal`; of a trial that has not said how it ended `running`,
+            `killed` (its process is gone, with the sweep) or, where none has begun it, `pending`.
         numbers: of its summary, by the names of `NUMBERS`; None where there is none.
         reason: why it did not finish.
         out: its run folder.
@@ -81,6 +83,9 @@ def _row(folder: SweepFolder, entry: Entry) -> Row:
     if entry.illegal is not None:
         return Row(entry, "illegal", nothing, entry.illegal, out)
     summary = summary_of(out)
+    state = state_of(out) if is_run(out) else None
+    if state is not None and not state.told and state.state != "unknown":  # an earlier process's summary is history
+        return Row(entry, state.state, nothing, state.reason, out)
     if summary is None:
         return Row(entry, "pending", nothing, None, out)
     numbers = {name: _number(summary.get(name)) for name in NUMBERS}

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from sweeper.plan import swept_keys
 from sweeper.results import Row, best_of
+from sweeper.trial import logs_of
 
 WIDTH = 160
 """Of the table where stdout is no terminal."""
 
 
-def show(
-    rows: Sequence[Row], results: Path, objective: str, switches: Sequence[str], logs: Mapping[str, Sequence[str]]
-) -> None:
+def show(rows: Sequence[Row], results: Path, objective: str, switches: Sequence[str]) -> None:
     """Print the comparison, why trials did not finish, and the command of the best one.
 
     Args:
@@ -24,7 +23,6 @@ def show(
         results: where they are written.
         objective: what they are compared by.
         switches: of the command line, as `--config-dir=...`.
-        logs: lines that say more of a trial that failed, by its id.
     """
     from rich.console import Console
     from rich.table import Table
@@ -49,11 +47,10 @@ def show(
     print()
     console.print(table)
     for row in rows:
-        if row.status not in ("finished", "pending"):
+        if row.status not in ("finished", "pending", "running"):
             print(f"{row.status}  {row.entry.id}  {row.reason or ''}".rstrip())
-            own = [f"log {row.out / 'run.log'}"] if (row.out / "run.log").exists() else []
-            for line in [*own, *logs.get(row.entry.id, [])]:
-                print(f"         {line}")
+            for log in logs_of(row.out):
+                print(f"         log {log}")
     print(f"\nresults  {results}")
     best = best_of(rows)
     if best is not None:

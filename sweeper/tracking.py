@@ -9,6 +9,7 @@ from __future__ import annotations
 import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -135,6 +136,8 @@ def publish(out: Path) -> str | None:
         return None
     try:
         tracking.sync(out)
+        if not (out / "summary.json").exists():  # it goes on, perhaps only since: what was brought is not its end
+            replace(tracking.MlflowRecord.read(out) or record, complete=False).write(out)
     except TunerError as error:
         return f"{error}; `python -m tuner sync {out}` brings the trial into MLflow afterwards"
     return None

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
 import sys
+import time
 import traceback
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,18 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 import tuner
-from tuner.errors import ConfigError, Interrupted, TunerError
+from tuner.errors import ConfigError, Interrupted, RunBusy, TunerError
+from tuner.runs import reached, tail, write_summary
 from tuner.types import Summary
 
 CONFIG = "config.yaml"
 OVERRIDES = "overrides.yaml"
 SUMMARY = "summary.json"
 MLFLOW = "mlflow.json"
+LOG = "process.log"
+"""A link to what the process of a trial that did not finish has printed, kept by its launcher."""
+LOOK_S = 2.0
+"""How often a trial that another process runs is looked at."""
 
 
 def prepare(out: Path, config: DictConfig, words: Sequence[str]) -> None:
@@ -74,6 +80,9 @@ def run_submitted(config: DictConfig) -> float | None:
 def run_trial(out: Path) -> Summary:
     """Run or continue what stands in `out`, and leave a summary whatever happens.
 
+    Where another process is at work there, wait for its end and then go on from what it left, which may be nothing to
+    do: SLURM starts a job again whose node it cannot reach, and a sweep that was killed has left its jobs running.
+
     Raises:
         TunerError: as `tuner.run`.
     """
@@ -82,7 +91,7 @@ def run_trial(out: Path) -> Summary:
     words = yaml.safe_load((out / OVERRIDES).read_text(encoding="utf-8"))
     print(f"trial {out.name}: {shlex.join(words)}\nalone: {command(out)}", flush=True)
     try:
-        return tuner.run(config, words, command(out))
+        return _run_when_free(out, config, words)
     except Interrupted:
         raise
     except Exception as error:
@@ -90,14 +99,40 @@ def run_trial(out: Path) -> Summary:
         raise
 
 
+def _run_when_free(out: Path, config: DictConfig, words: Sequence[str]) -> Summary:
+    said = False
+    while True:
+        try:
+            return tuner.run(config, words, command(out))
+        except RunBusy:
+            if not said:
+                print(f"{out}: another process is at work on this trial; waiting for its end", flush=True)
+            said = True
+        time.sleep(LOOK_S)
+
+
 def record_death(out: Path, reason: str, status: str = "failed") -> None:
-    """Write the `summary.json` of a run that could not do so itself; one that is there is left as it is."""
+    """Write the `summary.json` of a run that could not do so itself; one that is there is left as it is.
+
+    How far the run got stands in what it has logged.
+    """
     if not (out / SUMMARY).exists():
         out.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(asdict(Summary(status, str(out), reason=reason)), indent=2)
-        unfinished = out / f".{SUMMARY}"
-        unfinished.write_text(text + "\n", encoding="utf-8")
-        unfinished.replace(out / SUMMARY)
+        summary = Summary(status, str(out), **reached(out))
+        summary.reason, summary.resume, summary.log_tail = reason, command(out), tail(out)
+        write_summary(summary)
+
+
+def link_log(out: Path, log: Path) -> None:
+    """Let the run folder name the log of the process that ran it last; relative, so that the sweep folder may move."""
+    link = out / LOG
+    link.unlink(missing_ok=True)
+    link.symlink_to(os.path.relpath(log, out))
+
+
+def logs_of(out: Path) -> list[Path]:
+    """What a trial has printed: as a run, and as a process, if it did not finish."""
+    return [file for file in (out / "run.log", out / LOG) if file.exists()]
 
 
 def summary_of(out: Path) -> dict[str, Any] | None:

@@ -21,7 +21,7 @@ from hydra.core.utils import JobReturn, JobStatus, filter_overrides, run_job, se
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from sweeper.errors import JobDied
+from sweeper.errors import LOG_NOTE, JobDied
 
 FOLDER = ".submitit"
 """Inside the sweep folder: what submitit pickles, and what jobs print."""
@@ -116,7 +116,7 @@ def result_in(paths: Any) -> JobReturn | JobDied | None:
     if outcome == "success":
         assert isinstance(value, JobReturn)
         if value.status is JobStatus.FAILED:
-            value._return_value.add_note(f"log {paths.stderr}")
+            value._return_value.add_note(f"{LOG_NOTE}{paths.stderr}")
         return value
     return JobDied(str(value).strip().splitlines()[-1], str(paths.stderr))
 
@@ -124,7 +124,7 @@ def result_in(paths: Any) -> JobReturn | JobDied | None:
 def failed(config: DictConfig, error: JobDied) -> JobReturn:
     """The return of a job that could not make its own."""
     if error.log is not None:
-        error.add_note(f"log {error.log}")
+        error.add_note(f"{LOG_NOTE}{error.log}")
     result = JobReturn()
     result.overrides = filter_overrides(OmegaConf.to_container(config.hydra.overrides.task))  # type: ignore[arg-type]
     result.status = JobStatus.FAILED

@@ -74,6 +74,10 @@ class SlurmLauncher(Launcher):
         ConfigError: there is no `sbatch` here.
     """
 
+    on_other_machines = True
+    """Jobs may see other files than this process; said here because Hydra makes plugin classes anew when it looks for
+    them, so `isinstance` does not tell launchers apart."""
+
     def __init__(
         self,
         partition: str | None,

@@ -6,7 +6,7 @@ import os
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from sweeper.errors import JobDied
@@ -77,37 +77,51 @@ def own_job() -> str:
 
 
 def preempted_here() -> bool:
-    """Whether SLURM takes this process's job off its node for another one, asked within the job.
+    """Whether SLURM takes this process's job off its node and is to start it again, asked within the job.
 
     While the grace time of its partition lasts, the job is RUNNING and the controller shows when the preemption began;
-    after it, the job is in the queue already and counts one start more than this one. Neither is so at a job's time
-    limit or when somebody cancels it, and then it must not be started again, which `scontrol requeue` would do.
+    after it, as after `scontrol requeue`, the job is in the queue already. Neither is so at a job's time limit or when
+    somebody cancels it, and then it must not be started again, which `scontrol requeue` would do.
 
     Raises:
         JobDied: the controller says nothing.
+    """
+    fields = _own_fields()
+    in_grace = fields["JobState"] in ("RUNNING", "SIGNALING") and fields.get("PreemptTime", "None") != "None"
+    return in_grace or _in_the_queue(fields)
+
+
+def start_again() -> None:
+    """Put this process's job into the queue, unless it is there; SLURM then kills it, so nothing comes after this.
+
+    Raises:
+        JobDied: it was not killed.
+    """
+    if not _in_the_queue(_own_fields()):  # where it has begun on another node, it would be stopped there
+        subprocess.run(["scontrol", "requeue", own_job()], capture_output=True, check=False, timeout=ASK_S)
+    time.sleep(KILL_S)
+    raise JobDied(f"SLURM preempted job {own_job()} and neither killed it nor started it again")
+
+
+def _own_fields() -> dict[str, str]:
+    """What the controller shows of this process's job, by its own names.
+
+    Raises:
+        JobDied: nothing, however often it is asked.
     """
     for _ in range(ASK_TIMES):
         command = ["scontrol", "--oneliner", "show", "job", own_job()]
         asked = subprocess.run(command, capture_output=True, text=True, check=False, timeout=ASK_S)
         fields = dict(word.split("=", 1) for word in asked.stdout.split() if "=" in word)
         if "JobState" in fields:
-            again = int(fields.get("Restarts", 0)) > int(os.environ.get("SLURM_RESTART_COUNT", 0))
-            in_grace = fields["JobState"] in ("RUNNING", "SIGNALING") and fields.get("PreemptTime", "None") != "None"
-            return again or in_grace
+            return fields
         time.sleep(ASK_AGAIN_S)
     raise JobDied(f"told to stop, and SLURM does not say why of job {own_job()}: {asked.stderr.strip()}")
 
 
-def start_again() -> None:
-    """Put this process's job back into the queue; SLURM then kills it, so nothing comes after this.
-
-    Raises:
-        JobDied: it was not killed.
-    """
-    # Once grace is over it is in the queue already, which is an error of the command and none of ours.
-    subprocess.run(["scontrol", "requeue", own_job()], capture_output=True, check=False, timeout=ASK_S)
-    time.sleep(KILL_S)
-    raise JobDied(f"SLURM preempted job {own_job()} and neither killed it nor started it again")
+def _in_the_queue(fields: Mapping[str, str]) -> bool:
+    """Whether the job is in the queue already, or was since: it counts one start more than this process knows."""
+    return int(fields.get("Restarts", 0)) > int(os.environ.get("SLURM_RESTART_COUNT", 0))
 
 
 def cancel(jobs: Iterable[str]) -> None:

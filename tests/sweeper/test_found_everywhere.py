@@ -58,6 +58,7 @@ def test_through_a_pth_line_from_another_folder(python: str, tmp_path: Path) -> 
     assert plugins(python, tmp_path) >= OURS
 
 
+@pytest.mark.slow
 def test_a_trial_s_process_finds_what_the_command_found(python: str, tmp_path: Path) -> None:
     """An empty training set would do as well: that the trial says what is wrong with it shows that it was reached."""
     (tmp_path / "bad.jsonl").write_text("no JSON\n")

@@ -8,6 +8,7 @@ from hydra.test_utils.launcher_common_tests import BatchedSweeperTestSuite, Inte
 from tests.sweeper.launcher_suites import FreshHydra, applications_by, batches_by, jobs_by
 
 
+@pytest.mark.slow
 @jobs_by("local", "hydra.launcher.max_parallel=2")
 class TestLocalLauncher(FreshHydra, LauncherTestSuite):
     pass

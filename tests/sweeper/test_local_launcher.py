@@ -195,6 +195,7 @@ def recording(folder: Path) -> Task:
     return record
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("visible", "gpus", "number", "sets"),
     [
@@ -278,6 +279,7 @@ def failing(tmp_path_factory: pytest.TempPathFactory) -> dict[str, JobReturn]:
     return dict(zip(KINDS, returns, strict=True))
 
 
+@pytest.mark.slow
 def test_returns_are_in_the_order_of_the_jobs_whichever_ended_first(failing: dict[str, JobReturn]) -> None:
     assert [result.overrides for result in failing.values()] == [[f"job={kind}"] for kind in KINDS]
 
@@ -453,6 +455,7 @@ def test_ctrl_c_lets_jobs_save_and_starts_no_other(
     assert sorted(file.name for file in tmp_path.glob("pid-*")) == ["pid-0"]
 
 
+@pytest.mark.slow
 def test_a_job_that_does_not_listen_is_killed_after_a_while(
     interrupted: Callable[[LocalLauncher, Task], tuple[int, float]], tmp_path: Path
 ) -> None:

@@ -101,7 +101,9 @@ def test_the_last_word_changes_fastest(
 
 def test_a_glob_is_every_option_of_its_group_that_is_not_left_out(plan: Plan) -> None:
     trials = plan("model=tiny", "peft=glob(*,exclude=*full)", "seed=1,2")
-    assert points(trials) == [f"peft={name} seed={seed}" for name in ("lora", "qlora", "rslora") for seed in (1, 2)]
+    assert points(trials) == [
+        f"peft={name} seed={seed}" for name in ("adapter", "lora", "qlora", "rslora") for seed in (1, 2)
+    ]
 
 
 def test_what_a_trial_holds(plan: Plan) -> None:
@@ -257,6 +259,17 @@ def test_wrong_values_of_all_points_are_raised_together_and_once_each(plan_value
     ]
 
 
+def test_what_is_wrong_with_every_value_is_said_once(plan: Plan, plan_values: Plan) -> None:
+    (rank,) = refused(plan, "model=tiny", "peft.lora_rnk=4,8", "seed=1,2")
+    assert rank.startswith("peft.lora_rnk=4,8: no such key; did you mean lora_rank")
+    (added,) = refused(plan, "model=tiny", "+seeed=range(0,3)")
+    assert added.startswith("seeed=range(0,3): no such key; did you mean seed")
+    assert refused(plan_values, "peft.lora_rank=-1,x", "seed=0,-1") == [
+        "peft.lora_rank=-1,x: expected a whole number > 0",
+        "seed=-1: expected a whole number >= 0",
+    ]
+
+
 @pytest.mark.parametrize("word", ["optimizer.lr=interval(0.1,1)", "optimizer.lr=tag(log,interval(0.1,1))"])
 def test_a_grid_has_no_intervals(word: str, plan_values: Plan) -> None:
     (problem,) = refused(plan_values, "seed=1,2", word)
@@ -281,6 +294,45 @@ def test_a_key_that_one_of_the_choices_does_not_have_makes_that_point_illegal(pl
     assert (legal.illegal, illegal.values) == (None, {"peft": "full"})
     assert illegal.illegal is not None
     assert illegal.illegal.startswith("peft.lora_rank=4: no such key")
+
+
+@pytest.fixture
+def adapters(tmp_path: Path) -> tuple[Path, Path]:
+    """The settings of two adapters, without a base."""
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8}))
+    return tmp_path / "one", tmp_path / "two"
+
+
+def test_adapters_to_start_from_are_an_axis(plan: Plan, adapters: tuple[Path, Path]) -> None:
+    fresh, *others = plan("model=tiny", f"adapter=null,{adapters[0]},{adapters[1]}")
+    assert [trial.illegal for trial in (fresh, *others)] == [None] * 3
+    assert len({trial.id for trial in (fresh, *others)}) == 3
+    assert [trial.config.peft.path for trial in others if trial.config] == [str(folder) for folder in adapters]
+    assert fresh.config is not None
+    assert fresh.config.peft.lora_rank == 8
+    (again,) = plan("model=tiny", f"adapter={adapters[0]}")
+    assert again.id == others[0].id
+
+
+def test_a_key_that_an_adapter_brings_makes_its_points_illegal(plan: Plan, adapters: tuple[Path, Path]) -> None:
+    words = ["model=tiny", f"adapter=null,{adapters[0]}", "peft.lora_rank=2,4"]
+    trials = plan(*words)
+    assert [trial.illegal is None for trial in trials].count(True) == 2
+    said = [trial.illegal for trial in trials if trial.illegal]
+    assert said == [
+        f"peft.lora_rank={rank} adapter={adapters[0]}: the adapter brings its own; say one of the two"
+        for rank in (2, 4)
+    ]
+    method = plan("model=tiny", f"adapter={adapters[0]}", "peft=lora,full")
+    assert all(trial.illegal and "brings its own method" in trial.illegal for trial in method)
+    assert refused(plan, "model=tiny", f"adapter={adapters[0]}", "peft.lora_rank=2,4") == said
+
+
+def test_a_method_that_needs_an_adapter_is_an_illegal_point_without_one(plan: Plan) -> None:
+    trials = plan("model=tiny", "peft=adapter,lora")
+    assert [trial.illegal for trial in trials] == ["peft=adapter: the adapter needs a value, as adapter=FOLDER", None]
 
 
 def test_the_sweep_s_own_keys_cannot_be_swept(plan: Plan) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,8 @@ import pytest
 from sweeper.folder import Entry, SweepFolder
 from sweeper.results import NUMBERS, Row, best_of, rows_of, write_results
 from sweeper.trial import record_death
+from tuner.logging.heartbeat import Beat
+from tuner.logging.process import machine_id, process_start
 from tuner.types import Summary
 
 
@@ -125,6 +129,43 @@ def test_rows_of_trials_that_did_not_finish_say_why(folder: SweepFolder) -> None
     for name in ("pending", "illegal"):
         assert set(rows[name].numbers) == set(NUMBERS)
         assert set(rows[name].numbers.values()) == {None}
+
+
+def beat(out: Path, start: str | None) -> None:
+    """The heartbeat of a process that began an hour after all else in the folder was written."""
+    content = Beat("here", machine_id(), os.getpid(), str(start), time.time() + 3600, 1, 9, None, None)
+    (out / "heartbeat.json").write_text(json.dumps(asdict(content)))
+
+
+def test_a_trial_that_has_not_said_how_it_ended_runs_or_was_killed(folder: SweepFolder) -> None:
+    """Also where an earlier process had stopped it."""
+    entries = []
+    for name, start in (("runs", process_start(os.getpid())), ("killed", "1")):
+        entries += [entry(name), ended(folder, f"{name}-again", "stopped", None)]
+        folder.out(name).mkdir()
+        beat(folder.out(name), start)
+        beat(folder.out(f"{name}-again"), start)
+    rows = rows_of(folder, entries, "val_loss")
+    assert [row.status for row in rows] == ["running", "running", "killed", "killed"]
+    assert [row.reason for row in rows] == [None, None, *[f"process {os.getpid()} on here is gone"] * 2]
+
+
+def test_a_recorded_death_says_how_far_it_got_and_what_was_logged_last(folder: SweepFolder) -> None:
+    out = folder.out("dead")
+    out.mkdir()
+    rows = [
+        {"step": 0, "time": 0.0, "tokens": 0, "val/loss": 3.0},
+        {"step": 1, "time": 0.0, "tokens": 50, "train/loss": 2.0},
+        {"step": 2, "time": 0.0, "tokens": 90, "train/loss": "NaN"},
+    ]
+    (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (out / "run.log").write_text("".join(f"line {number}\n" for number in range(30)))
+    record_death(out, "killed, it left no result")
+    told = json.loads((out / "summary.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert (told["status"], told["reason"]) == ("failed", "killed, it left no result")
+    assert (told["steps"], told["tokens"], told["train_loss"], told["val_loss_before"]) == (2, 90, "NaN", 3.0)
+    assert told["log_tail"] == [f"line {number}" for number in range(10, 30)]
+    assert told["resume"] == f"python -m sweeper trial {out}"
 
 
 def test_an_illegal_point_stays_illegal_whatever_lies_in_its_folder(folder: SweepFolder) -> None:

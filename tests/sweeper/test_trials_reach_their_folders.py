@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from sweeper.folder import SweepFolder
 from sweeper.grid import GridSweeper
 from sweeper.plan import Trial
-from sweeper.trial import summary_of
+from sweeper.trial import logs_of, summary_of
 
 
 class Recorder:
@@ -32,7 +32,7 @@ class Recorder:
 
 def launch(folder: SweepFolder, ids: Sequence[str], launcher: Recorder) -> GridSweeper:
     sweeper = GridSweeper()
-    sweeper.launcher, sweeper.logs = launcher, {}  # type: ignore[assignment]
+    sweeper.launcher = launcher  # type: ignore[assignment]
     sweeper.launch(folder, [Trial(name, ["seed=1"], {"seed": "1"}, OmegaConf.create()) for name in ids])
     return sweeper
 
@@ -81,9 +81,13 @@ def test_the_sweep_folder_may_have_any_name(name: str, tmp_path: Path) -> None:
 
 def test_a_job_that_failed_leaves_a_summary_and_its_log(tmp_path: Path) -> None:
     told, untold = ValueError("no good"), KeyError()
-    told.add_note("log /somewhere/log.err")
+    log = tmp_path / ".submitit" / "log.err"
+    log.parent.mkdir()
+    log.write_text("what it printed")
+    told.add_note(f"log {log}")
     folder = SweepFolder(tmp_path)
-    sweeper = launch(folder, ["aaaaaaaa", "bbbbbbbb", "cccccccc"], Recorder([told, None, untold]))
-    assert sweeper.logs == {"aaaaaaaa": ["log /somewhere/log.err"], "cccccccc": []}
+    launch(folder, ["aaaaaaaa", "bbbbbbbb", "cccccccc"], Recorder([told, None, untold]))
+    assert [file.read_text() for file in logs_of(folder.out("aaaaaaaa"))] == ["what it printed"]
+    assert logs_of(folder.out("cccccccc")) == []
     reasons = [(summary_of(folder.out(name)) or {}).get("reason") for name in ("aaaaaaaa", "bbbbbbbb", "cccccccc")]
     assert reasons == ["no good", None, "KeyError"]
