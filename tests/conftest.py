@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -12,13 +14,20 @@ import tuner
 CHECKOUT = Path(tuner.__file__).parents[1]
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """Before the first import of torch or huggingface_hub, which read these once; subprocesses inherit them."""
     os.environ["HF_HUB_OFFLINE"] = "1"
+    # What an earlier session has converted or prepared would hide what this one does not do.
+    cache = tempfile.TemporaryDirectory(prefix="tuner-test-cache-")
+    config.add_cleanup(cache.cleanup)
+    os.environ["TUNER_CACHE"] = cache.name
     # The tests' tensors are small: on a machine of many cores more threads only wait for each other.
     # Threads that spin while they wait take the processor from other tests' processes.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("OMP_NUM_THREADS", str(min(4, os.cpu_count() or 1)))
+    # Tests that a shell starts in the background ignore Ctrl-C, and so would the commands that they stop by it.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -23,6 +23,8 @@ from tuner.errors import CheckpointError, Interrupted
 HYDRAS_SWEEPER = "hydra/sweeper=basic"
 """It calls the command for each point in this process, where a test can listen; ours runs frozen folders."""
 
+METHODS = sorted(file.stem for file in (conf_dir() / "peft").glob("*.yaml"))
+
 
 def tuner_command(*words: str, debug: bool = False) -> int:
     return reported(lambda: dispatch(words), debug)
@@ -101,21 +103,22 @@ WRONG = [
     (["run", "peft.lora_rank=0"], "peft.lora_rank=0: expected a whole number > 0"),
     (["optimizer=adamww"], "optimizer=adamww: no such option; did you mean adamw"),
     (["peft=qlora", "quantization=none"], "say peft=lora"),
-    (["rum"], "rum: no such verb; did you mean run? valid: cp, evaluate"),
+    (["rum"], "rum: no such verb; did you mean run? valid: convert, cp, data, download"),
     (["seed=1,2"], "To sweep over it, add --multirun"),
     (["-m", "seed=1,2", "out=mine"], "out=... together with --multirun"),
     (["-m", "seed=1,2", "peft.lora_rnk=4"], "peft.lora_rnk=4: no such key; did you mean lora_rank"),
     (["generate", "-m", "prompt=a,b"], "--multirun: only training runs are swept"),
-    (["generate"], "prompt: needs a value, as prompt=..."),
+    (["generate"], "say prompt=TEXT, or prompts=FILE"),
     (["generate", "prompt=a", "temperature=-1"], "temperature=-1: expected a number >= 0"),
     (["generate", "prompt=a", "peft=lora"], "peft=lora: no such key"),
     (["merge", "dest=a", "merge_into=both"], "merge_into=both: expected one of dequantized, original"),
+    (["export", "dest=a", "merged=yes please"], "merged=yes please: expected true or false"),
     (["--cfg", "job", "seeed=1"], "seeed=1: no such key; did you mean seed or sweep?"),
     (["--cfg", "job", "--multirun"], "--multirun --cfg: only one of these at a time"),
     (["--shell-completion"], "say install=SHELL, uninstall=SHELL or query=SHELL"),
     (["--config-dir", "nowhere"], "--config-dir nowhere: no such folder"),
     (["ls", "optimizers"], "ls optimizers: no such group; did you mean optimizer?"),
-    (["cp", "lora"], "cp takes NAME DEST; given: lora"),
+    (["cp", "lora"], "cp takes [--from-torchtune] NAME DEST; given: lora"),
     (["cp", "lorra", "here.yaml"], "cp lorra: no such config file"),
     (["cp", "default", "here.yaml"], "several files have this name; say one of checkpoint/default, memory/default"),
 ]
@@ -242,7 +245,7 @@ def test_help_says_the_verbs_the_groups_and_hydras_own(capsys: pytest.CaptureFix
     assert tuner_command("--help") == 0
     text = capsys.readouterr().out
     assert all(f"  {name}" in text for name in VERBS)
-    assert "peft: full, lora, qlora, rslora" in text
+    assert f"peft: {', '.join(METHODS)}" in " ".join(text.split())
     assert "--hydra-help" in text
 
 
@@ -282,10 +285,11 @@ def test_groups_of_ones_own_by_config_dir_and_searchpath(runs: Runs, tmp_path: P
 def test_ls_names_every_group_and_option(capsys: pytest.CaptureFixture[str]) -> None:
     assert tuner_command("ls") == 0
     lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.split("\n\n")[0].splitlines())
-    assert lines["peft"].split() == ["full", "lora", "qlora", "rslora"]
+    assert lines["peft"].split() == METHODS
     assert tuner_command("ls", "peft") == 0
     lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
-    assert set(lines) == {"full", "lora", "qlora", "rslora"}
+    assert list(lines) == METHODS
+    assert {"adapter", "dora", "full", "lora", "qlora"} < set(lines)
     assert all(len(line) > 10 for line in lines.values())
 
 
@@ -345,7 +349,7 @@ def test_the_shell_sees_the_exit_code_and_one_line() -> None:
     done = python("-m", "tuner", "train.batch_size=0", "train.epochs=0")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.splitlines() == [
-        "error: train.batch_size=0: expected a whole number > 0",
+        "error: train.batch_size=0: expected a whole number > 0 or auto",
         "error: train.epochs=0: expected a whole number > 0 or null",
     ]
 

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
     from torch import nn
 
-    from tuner.types import Summary, Tokenizer
+    from tuner.types import MemoryEstimate, Summary, Tokenizer
 
-__all__ = ["check", "compose", "freeze", "load_model", "load_tokenizer", "run"]
+__all__ = ["check", "compose", "estimate", "freeze", "load_model", "load_tokenizer", "run"]
 
 
 def compose(overrides: Sequence[str] = ()) -> DictConfig:
@@ -43,7 +43,13 @@ def check(cfg: DictConfig | Mapping[str, Any]) -> None:
 
 
 def freeze(cfg: DictConfig) -> DictConfig:
-    """A resolved copy that means the same in any process and any folder: paths, threads and tracking store settled."""
+    """A resolved copy that means the same in any process and any folder: paths, threads and tracking store settled.
+
+    With a `model.source` or `data.source` its `revision` becomes a commit, for which the hub is asked.
+
+    Raises:
+        TunerError: the hub cannot be reached or does not give it.
+    """
     from tuner.config import freeze
 
     return freeze(cfg)
@@ -63,6 +69,20 @@ def run(cfg: DictConfig, overrides: Sequence[str] | None = None, again: str | No
     from tuner.train import run
 
     return run(cfg, overrides, again)
+
+
+def estimate(cfg: DictConfig) -> MemoryEstimate:
+    """The peak memory that a run takes on `cfg.estimate.device`, predicted; no weights, data or GPU are needed.
+
+    Args:
+        cfg: composed or frozen.
+
+    Raises:
+        TunerError: the configuration is wrong, the device is not in the table, or the shape of the model is not known.
+    """
+    from tuner.verbs.estimate import estimated
+
+    return estimated(cfg)
 
 
 def load_model(

@@ -10,7 +10,8 @@ import importlib
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,7 @@ class Verb:
         texts: keys of `config` whose value is a person's text and is taken as it stands, commas and brackets included.
         takes: without a `config`, the names of the words the function gets; one in brackets may be left out.
         makes_folder: Hydra makes its run folder, and it may be swept.
+        loads: it loads weights, so the commit of a `model.source` or `data.source` has to be known.
     """
 
     function: str
@@ -38,24 +40,66 @@ class Verb:
     texts: tuple[str, ...] = ()
     takes: tuple[str, ...] = ()
     makes_folder: bool = False
+    loads: bool = True
 
 
 FOLDERS = ("run", "adapter", "checkpoint")
 
 VERBS = {
     "run": Verb("tuner.train:run", "one training run (the default verb); -m sweeps", "config", makes_folder=True),
-    "ls": Verb("tuner.verbs.ls:ls", "the config groups, or the options of one, a line each", takes=("[GROUP]",)),
-    "cp": Verb("tuner.verbs.cp:cp", "copy a config file to edit it", takes=("NAME", "DEST")),
-    "validate": Verb("tuner.verbs.validate:validate", "check a run without running it; its parameter counts", "config"),
+    "ls": Verb(
+        "tuner.verbs.ls:ls",
+        "the config groups, or the options of one; or run folders and what became of them",
+        takes=("[GROUP|runs]", "[DIR]"),
+    ),
+    "cp": Verb(
+        "tuner.verbs.from_torchtune:copy_or_translate",
+        "copy a config file to edit it, or translate one of torchtune's",
+        takes=("[--from-torchtune]", "NAME", "DEST"),
+    ),
+    "validate": Verb(
+        "tuner.verbs.validate:validate", "check a run without running it; its parameter counts", "config", loads=False
+    ),
+    "estimate": Verb(
+        "tuner.verbs.estimate:estimate",
+        "peak memory of a run by component, predicted without weights, data or a GPU",
+        "config",
+        loads=False,
+    ),
+    "data": Verb(
+        "tuner.verbs.data:data",
+        "the dataset as the model will see it: samples with trained tokens marked, lengths, totals",
+        "config",
+        loads=False,
+    ),
     "generate": Verb(
         "tuner.verbs.generate:generate",
         "text from a model",
         "verb/generate",
         "Generate",
-        ("prompt", "system", *FOLDERS),
+        ("prompt", "prompts", "system", *FOLDERS),
     ),
     "evaluate": Verb("tuner.verbs.evaluate:evaluate", "loss and perplexity", "verb/evaluate", "Evaluate", FOLDERS),
     "merge": Verb("tuner.verbs.merge:merge", "an adapter into its base", "verb/merge", "Merge", (*FOLDERS, "dest")),
+    "export": Verb(
+        "tuner.verbs.export:export",
+        "an adapter, or the merged model, from any checkpoint of a run",
+        "verb/export",
+        "Export",
+        ("run", "checkpoint", "dest"),
+    ),
+    "convert": Verb(
+        "tuner.verbs.convert:convert",
+        "GGUF, Meta's .pth or .bin weights into a Hugging Face folder",
+        "verb/convert",
+        "Convert",
+        ("source", "dest"),
+    ),
+    "download": Verb(
+        "tuner.verbs.download:download",
+        "a model of the Hugging Face Hub into the cache",
+        takes=("ORG/NAME", "[REVISION]"),
+    ),
     "sync": Verb("tuner.verbs.sync:sync", "replay a run folder into MLflow", takes=("DIR",)),
 }
 
@@ -63,6 +107,7 @@ VERBS = {
 def main() -> None:
     """The console script."""
     words = sys.argv[1:]
+    warnings.formatwarning = lambda message, *rest, **more: f"warning: {message}\n"
     debug = "--debug" in words or os.environ.get("HYDRA_FULL_ERROR") == "1"
     sys.exit(reported(lambda: dispatch([word for word in words if word != "--debug"]), debug))
 
@@ -76,6 +121,7 @@ def dispatch(words: Sequence[str]) -> Any:
     said = words[0] if words else ""
     is_override = not said or "=" in said or said[0] in "-+~"
     name, rest = ("run", list(words)) if is_override else (said, list(words[1:]))
+    _refuse_torchtunes(words)
     if name not in VERBS:
         raise ConfigError(f"{name}: no such verb; {nearest(name, VERBS)}")
     verb = VERBS[name]
@@ -86,14 +132,30 @@ def dispatch(words: Sequence[str]) -> Any:
         from tuner.config.application import Application
 
         command = _command(verb, name)
-        return Application(verb.config, verb.settings, command, makes_folder=verb.makes_folder, texts=verb.texts).main(
-            rest
+        application = Application(
+            verb.config,
+            verb.settings,
+            command,
+            makes_folder=verb.makes_folder,
+            texts=verb.texts,
+            pins=verb.loads,
         )
+        return application.main(rest)
     return None if asks_help else _load(verb)(*_given(name, verb.takes, rest))
 
 
+def _refuse_torchtunes(words: Sequence[str]) -> None:
+    """Raise a ConfigError with our words for a command in torchtune's form, as `tune run RECIPE --config NAME`."""
+    if all("=" in word and not word.startswith("--config=") for word in words):
+        return
+    from tuner.config.torchtune.commands import command_problems
+
+    if problems := command_problems(words):
+        raise ConfigError(problems)
+
+
 def reported(call: Callable[[], Any], debug: bool) -> int:
-    """The exit code of a call; prints the text it returns and what it raises.
+    """The exit code of a call; prints the text it returns, or each of its texts as it comes, and what it raises.
 
     Args:
         call: the command.
@@ -101,8 +163,8 @@ def reported(call: Callable[[], Any], debug: bool) -> int:
     """
     try:
         result = call()
-        if isinstance(result, str):
-            print(result)
+        for text in (result,) if isinstance(result, str) else result if isinstance(result, Iterator) else ():
+            print(text, flush=True)
         sys.stdout.flush()
         return 0
     except KeyboardInterrupt:

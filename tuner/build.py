@@ -6,30 +6,46 @@ known what trains and so what is cast.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from tuner.errors import ConfigError, ModelError
-from tuner.models.family import config_of_folder
+from tuner.errors import ConfigError
+from tuner.models.config import ModelConfig
+from tuner.models.decoder import Decoder
+from tuner.models.family import config_of_folder, stated
 from tuner.models.folder import load_weights
-from tuner.models.llama import Llama, LlamaConfig
-from tuner.models.package import cached
+from tuner.models.linear import Linear
+from tuner.models.new_rows import add_rows
 from tuner.models.random_weights import fill_with_random_weights
-from tuner.peft.adapter_folder import load_adapter
-from tuner.peft.lora_linear import Adapter
-from tuner.tokenizers import load_tokenizer
-from tuner.tokenizers.tiny import write_tiny_tokenizer
-from tuner.types import FrozenLinear, Peft, Precision, Quantization, Tokenizer
+from tuner.optimizers.custom import custom
+from tuner.optimizers.groups import Trained
+from tuner.peft.adapted import AdapterPart
+from tuner.peft.adapter_folder import has_adapter, load_adapter
+from tuner.peft.layernorm import tuned_norms
+from tuner.peft.token_rows import TokenRows, row_layers
+from tuner.quantization.none import NoQuantization
+from tuner.types import ChangesWeights, FrozenLinear, Peft, Precision, Quantization, StepsInBackward
+from tuner.vocabulary import expected_tokens, rows_brought
+
+UNQUANTIZED = NoQuantization()
 
 
 class MemoryTechniques(Protocol):
     """A member of the `memory` group."""
 
+    def require(self, device: torch.device) -> None: ...
+
     def apply(self, model: nn.Module) -> None: ...
+
+    def steps_in_backward(
+        self, optimizer: torch.optim.Optimizer, clip_each: float | None
+    ) -> StepsInBackward | None: ...
 
 
 def device_of(name: str) -> torch.device:
@@ -63,7 +79,15 @@ def require_compiler(device: torch.device) -> None:
         ) from error
 
 
-def load_base(config: LlamaConfig, dtype: torch.dtype, device: torch.device, seed: int) -> Llama:
+def load_base(
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int,
+    quantization: Quantization = UNQUANTIZED,
+    new_tokens: Sequence[int] = (),
+    peft: object = None,
+) -> Decoder:
     """The pretrained (or, where asked for, random) model, frozen.
 
     Args:
@@ -71,28 +95,39 @@ def load_base(config: LlamaConfig, dtype: torch.dtype, device: torch.device, see
         dtype: of the weights.
         device: where they are and which attention kernel is used.
         seed: of random weights.
+        quantization: packs each linear layer of the blocks as it arrives, so that the model never exists in full
+            precision.
+        new_tokens: ids of tokens that get new rows of embedding and head.
+        peft: what will be done with the model; some methods change weights before they are quantized.
 
     Raises:
         ModelError: weights that are missing, damaged or of another shape.
     """
     with torch.device("meta"):
         model = config.build()
+    slots = {slot.path: slot for slot in model.quantizable()}
+
+    def pack(path: str) -> None:
+        if path in slots and isinstance(peft, ChangesWeights):
+            peft.before_packing(model, slots[path])
+        if path in slots:
+            slots[path].replace(quantization.packed(cast(nn.Linear, slots[path].module)))
+
     if config.path is None:
-        fill_with_random_weights(model, dtype, device, seed)
+        fill_with_random_weights(model, dtype, device, seed, pack)
     else:
-        load_weights(model, Path(config.path), dtype, device)
+        load_weights(model, Path(config.path), dtype, device, pack)
     model.tie()
-    model.use_attention(device.type)
+    add_rows(model, new_tokens)
+    model.use_kernels("cuda" if device.type == "cuda" else "cpu")
     return model.requires_grad_(False).eval()
 
 
-def build_model(
-    base: Llama, quantization: Quantization, peft: Peft, precision: Precision, memory: MemoryTechniques
-) -> Llama:
-    """Quantize, adapt, cast and checkpoint a loaded model, in place; afterwards it is ready to train."""
-    quantization.quantize(base)
+def build_model(base: Decoder, peft: Peft, precision: Precision, memory: MemoryTechniques) -> Decoder:
+    """Adapt, cast and checkpoint a loaded and quantized model, in place; afterwards it is ready to train."""
     peft.adapt(base)
     cast_trainable(base, precision)
+    compute_in(base, precision)
     memory.apply(base)
     return base.train()
 
@@ -100,24 +135,40 @@ def build_model(
 def cast_trainable(model: nn.Module, precision: Precision) -> None:
     """Hold the trainable parameters in the dtype that `precision.trainable` says.
 
-    `auto` keeps adapters in fp32, because an update smaller than 1/256 of a bf16 number vanishes, and leaves the
-    weights of full training as they are.
+    `auto` keeps adapters in fp32, norms that are an adapter's among them, because an update smaller than 1/256 of a
+    bf16 number vanishes. Weights of the model itself, those of full training and of modules that an adapter brings
+    whole, have the dtype that its weights have.
 
     Raises:
-        ConfigError: full training whose weights would differ from the dtype computed in.
+        ConfigError: such weights would differ from it.
     """
-    compute: torch.dtype = getattr(torch, precision.compute)
-    adapters = any(not parameter.requires_grad for parameter in model.parameters())
-    wanted = {"auto": torch.float32 if adapters else compute, "bf16": torch.bfloat16, "fp32": torch.float32}
-    dtype = wanted[precision.trainable]
-    if not adapters and dtype != compute:
+    held: torch.dtype = getattr(torch, precision.held)
+    wanted = {"auto": torch.float32, "bf16": torch.bfloat16, "fp32": torch.float32}[precision.trainable]
+    adapters = {id(p) for module in model.modules() if isinstance(module, AdapterPart) for p in module.parameters()}
+    adapters |= {id(layer.rows) for _, layer in row_layers(model)} | {id(weight) for _, weight in tuned_norms(model)}
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    whole = [parameter for parameter in trainable if id(parameter) not in adapters]
+    if whole and precision.trainable != "auto" and wanted != held:
+        what = "an adapter with modules_to_save" if has_adapter(model) else "full weights"
         raise ConfigError(
-            f"precision.trainable={precision.trainable} precision={precision.name} peft=full: full training computes "
-            "with the very weights it trains; say precision=fp32 or precision=bf16, and precision.trainable=auto"
+            f"precision.trainable={precision.trainable} precision={precision.name} {what}: the model computes with the "
+            "very weights that train; say precision=fp32 or precision=bf16, and precision.trainable=auto"
         )
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(dtype)
+    for parameter in trainable:
+        parameter.data = parameter.data.to(wanted if id(parameter) in adapters else held)
+
+
+def compute_in(model: Decoder, precision: Precision) -> None:
+    """Let a model whose weights are held in one dtype compute in another, where the precision is mixed."""
+    if precision.held == precision.compute:
+        return
+    dtype: torch.dtype = getattr(torch, precision.compute)
+    model.compute_in(dtype)
+    for module in model.modules():
+        if isinstance(module, FrozenLinear):
+            cast(nn.Module, module).to(dtype)  # made dense in it; what is packed stays as it is
+        elif type(module) is nn.Linear:  # put in place of a packed one, because an adapter brings it whole
+            module.__class__ = Linear
 
 
 def trainable_dtype(model: nn.Module) -> str:
@@ -126,33 +177,29 @@ def trainable_dtype(model: nn.Module) -> str:
     return "+".join(sorted(dtypes))
 
 
-def tokenizer_of(config: LlamaConfig) -> Tokenizer:
-    """The tokenizer of a located model; random weights have the small packaged one."""
-    if config.path is not None:
-        return load_tokenizer(config.path)
-    return load_tokenizer(cached("tiny-tokenizer", write_tiny_tokenizer))
+def build_optimizer(node: DictConfig, params: Sequence[Trained], trusted: Sequence[str]) -> torch.optim.Optimizer:
+    """One of our optimizer functions, or a library's class that `optimizer._target_` names."""
+    if node._target_.startswith("tuner."):
+        return cast(torch.optim.Optimizer, instantiate(node)(params))
+    return custom(node._target_, params, keys_of(node), trusted)
 
 
-def require_embedded(ids: Iterable[int], config: LlamaConfig) -> None:
-    """Refuse tokens that the model has no embedding of, as those of another model's tokenizer.
-
-    Raises:
-        ModelError: naming the largest.
-    """
-    if (largest := max(ids)) >= config.vocab_size:
-        raise ModelError(
-            f"model.path={config.path}: its tokenizer makes token {largest} and its embedding has {config.vocab_size} "
-            "rows (vocab_size); is the tokenizer that of another model?"
-        )
+def keys_of(node: DictConfig) -> dict[str, Any]:
+    """The keys of a group's member as plain containers, without `_target_` and its like."""
+    plain = cast(dict[str, Any], OmegaConf.to_container(node))
+    return {key: value for key, value in plain.items() if not key.startswith("_")}
 
 
 def load_model(
     folder: str | Path, *, dtype: torch.dtype, device: torch.device | str = "cpu", adapter: str | Path | None = None
 ) -> nn.Module:
     """See `tuner.load_model`."""
-    model = load_base(config_of_folder(Path(folder).expanduser()), dtype, torch.device(device), seed=0)
-    if adapter is not None:
-        load_adapter(model, Path(adapter).expanduser())
+    config = config_of_folder(Path(folder).expanduser())
+    brought = None if adapter is None else Path(adapter).expanduser()
+    new_tokens = () if brought is None else rows_brought(brought, config)
+    model = load_base(config, dtype, torch.device(device), seed=0, new_tokens=new_tokens)
+    if brought is not None:
+        load_adapter(model, brought)
     return model.requires_grad_(False).eval()
 
 
@@ -167,25 +214,33 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
 
 def _own_parameters(module: nn.Module) -> int:
-    if isinstance(module, Adapter):
+    if isinstance(module, AdapterPart):
         return 0
     if isinstance(module, FrozenLinear):
         bias = 0 if module.bias is None else module.out_features
         return module.in_features * module.out_features + bias
-    return sum(p.numel() for p in module.parameters(recurse=False))
+    twice = module.rows.numel() if isinstance(module, TokenRows) else 0  # they are rows of the matrix too
+    return sum(p.numel() for p in module.parameters(recurse=False)) - twice
 
 
 def _tied_parameters(model: nn.Module) -> int:
     """What the sum over modules counts twice: a matrix that is both embedding and head."""
-    return cast(Llama, model).lm_head.weight.numel() if cast(Llama, model).tied else 0
+    return cast(Decoder, model).model.embed_tokens.weight.numel() if cast(Decoder, model).tied else 0
 
 
-def count_from_config(config: LlamaConfig, quantization: Quantization, peft: Peft) -> tuple[int, int]:
-    """The same from a configuration alone, on the meta device: needs no weights, only a `model.path`'s config.json."""
-    if config.path is not None:
-        config = config_of_folder(Path(config.path))
+def count_from_config(
+    config: ModelConfig, quantization: Quantization, peft: Peft, adapter: Path | None = None
+) -> tuple[int, int]:
+    """The same from a configuration alone, on the meta device: needs no weights, only a `model.path`'s config.json.
+
+    Raises:
+        ModelError: as `stated`.
+    """
+    config = stated(config)
+    new_tokens = rows_brought(adapter, config) if adapter else expected_tokens(config)
     with torch.device("meta"):
         model = config.build()
         quantization.quantize(model)
+        add_rows(model, new_tokens)
         peft.adapt(model)
     return count_parameters(model)

@@ -36,12 +36,12 @@ class UnknownKey(ConfigError):
     """A word names a key that what the other words choose does not have; elsewhere in a sweep it may exist.
 
     Args:
-        problem: the sentence.
-        key: the key, dotted.
+        problems: the sentence, or one for each such word.
+        key: the key, dotted; the first of several.
     """
 
-    def __init__(self, problem: str, key: str) -> None:
-        super().__init__(problem)
+    def __init__(self, problems: str | Iterable[str], key: str) -> None:
+        super().__init__(problems)
         self.key = key
 
 
@@ -68,6 +68,10 @@ class ModelError(TunerError):
 
 class CheckpointError(TunerError):
     """A checkpoint that cannot be written (no room) or read (damaged, or of another run)."""
+
+
+class RunBusy(CheckpointError):
+    """A run folder in which another process is at work."""
 
 
 class TrainingError(TunerError):

@@ -23,29 +23,42 @@ class Train:
     """How long to train and how often to look.
 
     Args:
-        batch_size: examples in one forward and backward pass.
-        gradient_accumulation_steps: passes that make one optimizer step.
+        batch_size: examples in one forward and backward pass; `auto` is as many of the examples of a step as are
+            predicted to fit, a divisor of their number.
+        gradient_accumulation_steps: passes that make one optimizer step; with `auto`, the examples of a step.
         max_steps: optimizer steps; None goes by `epochs`.
         epochs: passes over the training data; None goes by `max_steps`.
         clip_grad_norm: largest norm of the whole gradient; None is unclipped.
+        clip_grad_norm_per_parameter: largest norm of the gradient of each parameter by itself; None is unclipped.
+        on_nonfinite: a loss or gradient norm that is not finite ends the run before the optimizer step (`stop`), or the
+            step is left out (`skip`): weights and optimizer stay as they were, and the run goes on behind it.
         log_every_steps: distance of the lines in metrics.jsonl.
         val_every_steps: distance of the evaluations between the first and the last; None is at epoch ends only.
+        early_stopping_patience: evaluations without improvement that end the run; None never ends it early.
+        early_stopping_min_delta: what the validation loss has to fall by, and more than that, to be an improvement.
         objective: the number of the summary that a sweep compares.
         compile: compile the model with torch.compile.
+        deterministic: the same bits from the same run on a GPU too, at a cost in speed; an operation that cannot give
+            them raises.
         num_threads: CPU threads; None becomes this machine's number when the config is frozen, since bits depend on it.
         num_samples: validation examples generated before and after.
         max_new_tokens: longest of these generations.
     """
 
-    batch_size: PositiveInt
+    batch_size: PositiveInt | Literal["auto"]
     gradient_accumulation_steps: PositiveInt
     max_steps: PositiveInt | None
     epochs: PositiveInt | None
     clip_grad_norm: PositiveFloat | None
+    clip_grad_norm_per_parameter: PositiveFloat | None
+    on_nonfinite: Literal["stop", "skip"]
     log_every_steps: PositiveInt
     val_every_steps: PositiveInt | None
+    early_stopping_patience: PositiveInt | None
+    early_stopping_min_delta: NonNegativeFloat
     objective: Literal["val_loss", "train_loss", "tokens_per_s", "peak_memory_mib", "seconds"]
     compile: bool
+    deterministic: bool
     num_threads: PositiveInt | None
     num_samples: NonNegativeInt
     max_new_tokens: PositiveInt
@@ -66,6 +79,17 @@ class Sweep:
 
 
 @dataclass(frozen=True)
+class Estimate:
+    """Of what device `tuner estimate` predicts the memory.
+
+    Args:
+        device: its name in the table of devices; None is the device that the run would have here.
+    """
+
+    device: str | None
+
+
+@dataclass(frozen=True)
 class Run:
     """`tuner [run]`: one training run."""
 
@@ -80,11 +104,13 @@ class Run:
     distributed: Member
     checkpoint: Member
     logger: Member
+    adapter: str | None
     out: str
     seed: NonNegativeInt
     device: Literal["auto", "cpu", "cuda"]
     train: Train
     sweep: Sweep
+    estimate: Estimate
     trust_targets: list[str]
 
 
@@ -98,7 +124,9 @@ class Generate:
     run: str | None
     adapter: str | None
     checkpoint: str | None
-    prompt: str
+    prompt: str | None
+    prompts: str | None
+    batch_size: PositiveInt
     system: str | None
     chat: bool
     max_new_tokens: PositiveInt
@@ -139,3 +167,28 @@ class Merge:
     merge_into: Literal["dequantized", "original"]
     device: Literal["auto", "cpu", "cuda"]
     trust_targets: list[str]
+
+
+@dataclass(frozen=True)
+class Export:
+    """`tuner export`: an adapter or a model from any checkpoint of a run."""
+
+    model: Member
+    quantization: Member
+    precision: Member
+    run: str | None
+    checkpoint: str | None
+    dest: str
+    merged: bool
+    merge_into: Literal["dequantized", "original"]
+    device: Literal["auto", "cpu", "cuda"]
+    trust_targets: list[str]
+
+
+@dataclass(frozen=True)
+class Convert:
+    """`tuner convert`: a GGUF file, Meta's checkpoint or a Hugging Face folder, written as a Hugging Face folder."""
+
+    source: str
+    dest: str
+    dtype: Literal["auto", "fp32", "bf16", "fp16"]

@@ -29,6 +29,25 @@ def test_qlora_brings_its_quantization_unless_the_person_says_otherwise() -> Non
     assert compose(["peft=qlora", "quantization=none"]).quantization._target_.endswith("NoQuantization")
 
 
+@pytest.mark.parametrize(
+    ("words", "optimizer"),
+    [
+        (["memory=low"], "adamw8bit"),
+        (["memory=low", "optimizer=sgd"], "sgd"),
+        (["optimizer=sgd", "memory=low"], "sgd"),
+        (["memory=low", "peft=qlora"], "adamw8bit"),
+        (["experiment=full_single_device", "memory=low"], "paged_adamw8bit"),
+        (["memory=default"], "adamw"),
+    ],
+)
+def test_low_memory_brings_its_optimizer_unless_one_is_named(words: list[str], optimizer: str) -> None:
+    cfg = compose(words)
+    assert cfg.optimizer._target_ == f"tuner.optimizers.{optimizer}.{optimizer}"
+    assert cfg.memory.activation_checkpointing == ("none" if "memory=default" in words else "full")
+    assert set(cfg.memory) == set(compose().memory)
+    check(cfg)
+
+
 def test_needs_no_global_hydra_and_leaves_none() -> None:
     GlobalHydra.instance().clear()
     compose()
@@ -60,10 +79,13 @@ def test_one_configuration_has_one_folder_however_often_it_is_read() -> None:
 def test_frozen_names_what_would_differ_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    cfg = compose(["data=alpaca", "data.path=mine.jsonl", "model.path='~/folder'", "out=here"])
+    cfg = compose(
+        ["data=alpaca", "data.path=mine.jsonl", "data.val_path=other/*.csv", "model.path='~/folder'", "out=here"]
+    )
     frozen = freeze(cfg)
     assert frozen.out == f"{tmp_path}/here"
     assert frozen.data.path == f"{tmp_path}/mine.jsonl"
+    assert frozen.data.val_path == f"{tmp_path}/other/*.csv"
     assert frozen.model.path == f"{Path.home()}/folder"
     assert frozen.train.num_threads == len(os.sched_getaffinity(0))
     assert frozen.logger.tracking_uri == f"sqlite:///{tmp_path}/mlflow.db"

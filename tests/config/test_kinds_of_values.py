@@ -54,7 +54,7 @@ def test_names_are_followed_into_the_modules_that_bind_them() -> None:
     train = signature_of("tuner.settings.Run").keys["train"]
     assert train.record == ("tuner.settings", "Train")
     keys = signature_of("tuner.settings.Train").keys
-    assert keys["batch_size"].text == "a whole number > 0"
+    assert keys["batch_size"].text == "a whole number > 0 or auto"
     assert signature_of("tuner.settings.Run").keys["model"].member
 
 

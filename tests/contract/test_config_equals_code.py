@@ -29,6 +29,8 @@ GROUPS = {
     "logger": "logging",
 }
 MEMBERS = [(group, name) for group in GROUPS for name in options().get(group, {})]
+PRESETS = [(group, name) for group in ("experiment", "scale") for name in options()[group]]
+"""Options that compose others and name no class."""
 PLUGINS = {
     "hydra/launcher": {"local": "LocalLauncher", "slurm": "SlurmLauncher"},
     "hydra/sweeper": {"grid": "GridSweeper"},
@@ -50,11 +52,24 @@ def named() -> list[tuple[str, str]]:
 
 
 def test_every_group_was_found() -> None:
-    assert set(options()) - {"experiment", "scale"} == {*GROUPS, *PLUGINS}
+    assert set(options()) == {*GROUPS, *PLUGINS, "experiment", "scale"}
+    assert sum(map(len, options().values())) == len(FILES) - len(list(conf_dir().glob("verb/*"))) - 1
     assert {group: set(options()[group]) for group in PLUGINS} == {group: set(PLUGINS[group]) for group in PLUGINS}
     assert len(MEMBERS) >= 30
     assert len(named()) >= 24
     assert set(GROUPS.values()) <= set(COMPONENTS)
+    assert len(PRESETS) == len(list((conf_dir() / "experiment").rglob("*.yaml"))) + 1 >= 25
+
+
+@pytest.mark.parametrize(("group", "name"), PRESETS, ids="/".join)
+def test_a_preset_of_a_run_composes_and_names_no_class(group: str, name: str) -> None:
+    file = options()[group][name]
+    assert file == conf_dir() / group / f"{name}.yaml"
+    text = file.read_text()
+    assert text.startswith("# @package _global_\n# ")
+    assert "_target_" not in text
+    assert f"#   python -m tuner experiment={name if group == 'experiment' else ''}" in text
+    assert problems_of(plain(compose([f"{'+' if group == 'scale' else ''}{group}={name}"]))) == []
 
 
 @pytest.mark.parametrize(("group", "name"), named(), ids="/".join)

@@ -17,11 +17,21 @@ MODULES = {
     for package in ("tuner", "sweeper", "hydra_plugins")
     for file in sorted((ROOT / package).rglob("*.py"))
 }
-BOTTOM = {"tuner.types", "tuner.errors", "tuner.quiet"}
+BOTTOM = {
+    "tuner.types",
+    "tuner.errors",
+    "tuner.quiet",
+    "tuner.adapter_config",
+    "tuner.cache",
+    "tuner.hub",
+    "tuner.hub_errors",
+    "tuner.keeping",
+    "tuner.sentencepiece_model",
+}
 COMPOSERS = ("tuner.config", "tuner.verbs", "tuner.train", "tuner.build", "sweeper")
 """Modules that may know Hydra and OmegaConf."""
 
-FOR_SWEEPS = {"tuner", "tuner.config", "tuner.errors", "tuner.types", "tuner.tracking", "tuner.__main__"}
+FOR_SWEEPS = {"tuner", "tuner.config", "tuner.errors", "tuner.types", "tuner.tracking", "tuner.runs", "tuner.__main__"}
 """What `sweeper` may know of `tuner`: the public functions and records, and how commands end."""
 
 HEAVY = {
@@ -33,11 +43,14 @@ HEAVY = {
     "gguf",
     "rich",
     "pyarrow",
+    "datasets",
     "transformers",
     "peft",
     "tensorboard",
+    "huggingface_hub",
+    "httpx2",
 }
-LIGHT = {"tuner", "tuner.__main__", "tuner.types", "tuner.errors", "tuner.settings", "tuner.quiet"}
+LIGHT = {"tuner", "tuner.__main__", "tuner.settings", *BOTTOM}
 """Modules that must cost nothing to import."""
 
 

@@ -40,20 +40,37 @@ CHOICES = [
     ["optimizer=custom", "optimizer._target_=torch.optim.RAdam"],
     ["optimizer._target_=torch.optim.RAdam", "~optimizer.fused"],
     ["optimizer=custom", "optimizer._target_=bitsandbytes.optim.Lion8bit", "optimizer.lr=1e-4"],
+    ["peft=full", "optimizer=muon", "optimizer.no_decay=[norms,biases,embeddings]", "precision=bf16"],
+    ["peft=full", "optimizer=adafactor"],
+    ["optimizer.loraplus_lr_ratio=8", "optimizer.lr=0.002"],
+    ["optimizer=custom", "optimizer._target_=torch.optim.RAdam", "optimizer.loraplus_lr_ratio=4"],
     *([f"schedule={name}"] for name in options("schedule")),
-    *([f"peft={name}"] for name in options("peft")),
+    *([f"peft={name}"] for name in options("peft") if name != "adapter"),  # which needs one that is there
     ["peft=full", "precision=bf16"],
-    ["peft=lora", "quantization=nf4", "precision=bf16"],
+    *(["peft=lora", f"quantization={name}", "precision=bf16"] for name in options("quantization") if name != "none"),
     ["precision=bf16", "precision.trainable=bf16"],
     ["precision=bf16", "precision.trainable=fp32"],
+    *([f"precision={name}", "peft=full"] for name in options("precision") if name not in ("fp32", "bf16")),
+    ["precision=bf16_stochastic", "peft=lora", "optimizer=adamw8bit"],
+    ["precision=amp_bf16", "peft=qlora", "data.packing=pack", "memory.activation_checkpointing=full"],
+    ["precision=amp_fp16", "peft=lora", "peft.lora_dropout=0.1", "train.gradient_accumulation_steps=2"],
     ["peft.lora_dropout=0.1", "peft.apply_lora_to_output=true", "model.tie_word_embeddings=false"],
     ["memory.activation_checkpointing=full"],
     ["memory.activation_checkpointing=true"],
+    ["memory.activation_checkpointing=selective"],
+    ["memory=low"],
+    ["memory.optimizer_in_bwd=true", "train.clip_grad_norm=null", "peft=full"],
+    ["memory.optimizer_in_bwd=true", "train.clip_grad_norm=null", "train.clip_grad_norm_per_parameter=0.5"],
+    ["train.clip_grad_norm=null", "train.clip_grad_norm_per_parameter=0.5"],
     ["train.gradient_accumulation_steps=3", "train.batch_size=3"],
     ["train.clip_grad_norm=null", "train.val_every_steps=null", "train.log_every_steps=4"],
+    ["data.packing=pack"],
+    ["data.packing=pack", "data.pack_len=1024", "precision=bf16", "memory.activation_checkpointing=full"],
+    ["data.packing=group"],
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", CHOICES, ids=[" ".join(words) for words in CHOICES])
 def test_a_choice_trains(shell: Any, words: list[str]) -> None:
     # Random weights learn slowly; a rate at which the loss of six steps falls further than it varies.
@@ -64,9 +81,11 @@ def test_a_choice_trains(shell: Any, words: list[str]) -> None:
 
 
 def test_the_choices_are_all_there_are() -> None:
-    assert len(OPTIMIZERS) >= 6
+    assert len(OPTIMIZERS) >= 12
     assert len(options("schedule")) >= 3
-    assert set(options("peft")) >= {"full", "lora", "qlora", "rslora"}
+    assert set(options("peft")) >= {"full", "lora", "qlora", "rslora", "dora", "pissa", "olora", "ia3", "layernorm"}
+    assert set(options("quantization")) >= {"none", "nf4", "fp4", "int8"}
+    assert set(options("precision")) >= {"fp32", "bf16", "amp_bf16", "amp_fp16", "bf16_stochastic"}
 
 
 def test_what_trains_is_kept_in_the_dtype_that_was_asked_for(shell: Any) -> None:
@@ -142,6 +161,27 @@ def test_full_training_leaves_a_model_that_transformers_loads(shell: Any) -> Non
     assert further["val_loss_before"] == pytest.approx(summary["val_loss"], rel=1e-6)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["peft=full", "precision=amp_bf16"],
+        ["peft=qlora", "precision=amp_fp16"],
+        ["peft=lora", "precision=bf16_stochastic"],
+    ],
+    ids=" ".join,
+)
+def test_a_run_of_any_precision_is_evaluated_as_it_was_trained(shell: Any, words: list[str]) -> None:
+    summary, out = trained(shell, *words)
+    done = shell.inside("evaluate", f"run={out}")
+    assert f"val_loss: {summary['val_loss']:.6f}"[:16] in done.out
+    (checkpoint,) = (out / "checkpoints").iterdir()
+    assert f"val_loss: {summary['val_loss']:.6f}"[:16] in shell.inside("evaluate", f"checkpoint={checkpoint}").out
+    stored = load_file(next(out.glob("*/*.safetensors")))
+    rounded = summary["trainable_dtype"] == "bfloat16"
+    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16 if rounded else torch.float32}
+
+
 def test_tensorboard(shell: Any) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -153,6 +193,7 @@ def test_tensorboard(shell: Any) -> None:
     assert losses[-1].value == pytest.approx(summary["val_loss"], rel=1e-6)  # stored in single precision
 
 
+@pytest.mark.slow
 def test_many_loggers(shell: Any) -> None:
     summary, out = trained(shell, "logger=many")
     assert (out / "tensorboard").is_dir()
@@ -168,7 +209,9 @@ def test_wandb_offline(shell: Any) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="has no C++ compiler")
-@pytest.mark.parametrize("words", [[], ["peft=full"], ["peft=qlora"]], ids=["lora", "full", "qlora"])
+@pytest.mark.parametrize(
+    "words", [[], ["peft=full"], ["peft=qlora"], ["data.packing=pack"]], ids=["lora", "full", "qlora", "packed"]
+)
 def test_compiled_training_learns_the_same(shell: Any, words: list[str]) -> None:
     plain, _ = trained(shell, *words)
     compiled, _ = trained(shell, *words, "train.compile=true")

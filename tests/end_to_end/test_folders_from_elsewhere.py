@@ -49,6 +49,7 @@ def loss_of(done: Any) -> float:
     return float(loss)
 
 
+@pytest.mark.slow
 def test_an_adapter_meets_the_base_it_was_trained_on(shell: Any, run: Path) -> None:
     """The base was made bf16 before it was quantized: from fp32 weights it would be another one."""
     facts = json.loads((run / "adapter" / "tuner.json").read_text())

@@ -129,7 +129,7 @@ def test_metrics_have_one_line_a_step(shell: Any, job: Any) -> None:
     training = [row for row in rows if "train/loss" in row]
     assert [row["step"] for row in training] == list(range(1, STEPS + 1))
     keys = {"step", "time", "tokens", "train/loss", "train/lr", "train/grad_norm", "perf/tokens_per_s"}
-    assert all(set(row) == keys | {"memory/peak_mib"} for row in training)
+    assert all(set(row) == keys | {"perf/padding_share", "memory/peak_mib"} for row in training)
     validation = [row for row in rows if "val/loss" in row]
     assert [row["step"] for row in validation] == [0, 3, STEPS]
     assert all(row["val/perplexity"] == pytest.approx(math.exp(row["val/loss"])) for row in validation)
@@ -155,12 +155,15 @@ def test_mlflow_has_the_run(shell: Any, summary: dict[str, Any]) -> None:
     assert {"config.yaml", "overrides.yaml", "samples.json", "adapter"} <= artifacts
 
 
+@pytest.mark.slow
 def test_the_printed_commands_work_as_printed(shell: Any, job: Any, out: Path, summary: dict[str, Any]) -> None:
     commands = next_commands(job.out)
     assert list(commands) == ["generate", "evaluate", "merge", "compare"]
     assert commands["compare"].strip() == f"mlflow ui --backend-store-uri sqlite:///{shell.folder}/mlflow.db"
     generated, evaluated, merged = (shell.line(commands[name]) for name in ("generate", "evaluate", "merge"))
-    assert [(one.code, one.err) for one in (generated, evaluated, merged)] == [(0, "")] * 3
+    assert [one.code for one in (generated, evaluated, merged)] == [0, 0, 0]
+    left_out = "warning: pydoc: samples left out: 1; cut at data.max_seq_len=256 tokens, nothing of them is left to"
+    assert [one.err.partition(" train on")[0] for one in (generated, evaluated, merged)] == ["", left_out, ""]
     assert len(generated.out.strip()) > 0
     (loss,) = re.findall(r"^val_loss: (.*)$", evaluated.out, re.MULTILINE)
     # Equal batches on equal hardware; the order of the sums may differ with the number of threads only.
@@ -180,6 +183,7 @@ def test_the_printed_commands_work_as_printed(shell: Any, job: Any, out: Path, s
     assert AutoTokenizer.from_pretrained(out / "merged").decode(tokens[0, :3])
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_evaluated_as_the_adapter_is(shell: Any, job: Any, out: Path, summary: dict[str, Any]) -> None:
     done = shell.inside("evaluate", f"checkpoint={out}/checkpoints/step-{STEPS:08d}")
     assert (done.code, done.err) == (0, "")
@@ -187,6 +191,7 @@ def test_a_checkpoint_is_evaluated_as_the_adapter_is(shell: Any, job: Any, out: 
     assert float(loss) == pytest.approx(summary["val_loss"], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_run_without_a_logger_comes_into_mlflow_by_sync(shell: Any, job: Any) -> None:
     words = ["model=tiny", *shell.data, "train.max_steps=3", "train.num_samples=0", "train.num_threads=1"]
     quiet = shell.inside(*words, "logger=none", "out=unlogged")
@@ -207,6 +212,7 @@ def test_a_run_without_a_logger_comes_into_mlflow_by_sync(shell: Any, job: Any) 
     assert [one.value for one in losses] == [row["train/loss"] for row in shell.rows("unlogged") if "train/loss" in row]
 
 
+@pytest.mark.slow
 def test_on_a_terminal_there_is_a_bar(shell: Any) -> None:
     words = ["model=tiny", *shell.data, "train.max_steps=12", "logger=none", "train.num_samples=1", "out=on a tty"]
     ours, theirs = pty.openpty()

@@ -135,6 +135,16 @@ def test_a_killed_run_has_no_end_and_continues_from_its_checkpoint(shell: Any, w
 
 
 @pytest.mark.slow
+def test_a_killed_run_of_packed_rows_ends_like_one_that_was_not_killed(shell: Any, words: list[str]) -> None:
+    packed = [*words, "logger=none", "data.packing=pack", "train.batch_size=2", "checkpoint.every_steps=5"]
+    assert shell.inside(*packed, "out=packed").code == 0
+    assert shell.at_step(shell.start(*packed, "out=cut"), "cut", 7, [signal.SIGKILL]).code == -signal.SIGKILL
+    resumed = shell(*packed, "out=cut")
+    assert (resumed.code, "resumed at step " in resumed.out) == (0, True)
+    assert_equal_runs(shell, "cut", "packed")
+
+
+@pytest.mark.slow
 def test_a_run_killed_before_any_checkpoint_begins_anew(shell: Any, words: list[str], whole: str) -> None:
     again = [*words, "logger=none", "out=early"]
     assert shell.at_step(shell.start(*again), "early", 2, [signal.SIGKILL]).code == -signal.SIGKILL

@@ -45,16 +45,25 @@ class Application:
         command: gets the frozen, checked configuration and the words it was composed from, switches among them.
         makes_folder: it writes a run folder and may be swept.
         texts: keys whose value is a person's text, taken as it stands: commas, brackets and `${` mean nothing in it.
+        pins: the commit of a `source` is asked for; a command that loads no weights needs none.
     """
 
     def __init__(
-        self, config_name: str, settings: str, command: Command, *, makes_folder: bool, texts: Sequence[str]
+        self,
+        config_name: str,
+        settings: str,
+        command: Command,
+        *,
+        makes_folder: bool,
+        texts: Sequence[str],
+        pins: bool = True,
     ) -> None:
         self.config_name = config_name
         self.settings = settings
         self.command = command
         self.makes_folder = makes_folder
         self.texts = texts
+        self.pins = pins
 
     def main(self, words: Sequence[str]) -> Any:
         """Do what the words after the verb say.
@@ -113,7 +122,7 @@ class Application:
     def _call(self, config: DictConfig, words: list[str]) -> Any:
         """The command on a composed configuration, checked and frozen."""
         check(config, self.settings)
-        return self.command(freeze(config), words)
+        return self.command(freeze(config, pins=self.pins), words)
 
     def _run(self, hydra: Hydra, words: list[str], switches: list[str]) -> Any:
         composed = load(hydra.config_loader, words, self.config_name, command=self.settings)

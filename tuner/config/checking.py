@@ -8,9 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tuner.config.facts import facts_of
 from tuner.config.kinds import MISSING, Kind
-from tuner.config.rules import broken_rules, facts_of
+from tuner.config.rules import broken_rules
 from tuner.config.signatures import Signature, definitions, signature_of
+from tuner.config.torchtune.words import sentence_for
 from tuner.errors import ConfigError, nearest
 
 COMPONENTS = (
@@ -117,7 +119,8 @@ def _keys(path: str, node: Mapping[str, Any], signature: Signature, refused: set
     given = {key: value for key, value in node.items() if not (is_member and key in INSTRUCTIONS)}
     known = {key: kind for key, kind in signature.keys.items() if not kind.run_time}
     for key in () if signature.is_open else [key for key in given if key not in known]:
-        yield _join(path, key), f"{_join(path, key)}={shown(given[key])}: no such key; {nearest(str(key), known)}"
+        word = f"{_join(path, key)}={shown(given[key])}"
+        yield _join(path, key), sentence_for(word) or f"{word}: no such key; {nearest(str(key), known)}"
     for key, kind in known.items():
         if key not in given:
             yield _join(path, key), f"{_join(path, key)}: missing; expected {kind.text}"
@@ -144,8 +147,14 @@ def _value(path: str, value: Any, kind: Kind, refused: set[str]) -> Iterator[tup
 
 def _member(path: str, node: Mapping[str, Any], refused: set[str]) -> Iterator[tuple[str, str]]:
     """A library's class is checked where it is built: its signature is only known once it is imported."""
-    if path not in refused and node["_target_"].startswith("tuner."):
+    if path in refused:
+        return
+    if node["_target_"].startswith("tuner."):
         yield from _keys(path, node, signature_of(node["_target_"]), refused)
+    elif path == "optimizer":  # what makes groups of parameters is ours whichever class steps them
+        for key, kind in signature_of("tuner.optimizers.groups.groups").keys.items():
+            if key in node and not kind.run_time:
+                yield from _value(_join(path, key), node[key], kind, refused)
 
 
 def _broken(config: Mapping[str, Any], wrong: set[str]) -> list[Problem]:

@@ -10,36 +10,39 @@ import os
 import re
 import secrets
 from collections.abc import Collection, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import yaml
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra._internal.config_repository import ConfigRepository
+from hydra._internal.config_repository import IConfigRepository
 from hydra._internal.utils import create_config_search_path
 from hydra.core.config_loader import ConfigLoader
-from hydra.core.config_search_path import ConfigSearchPath, SearchPathQuery
+from hydra.core.config_search_path import SearchPathQuery
+from hydra.core.default_element import ResultDefault
 from hydra.core.utils import setup_globals
 from hydra.types import RunMode
 from hydra.version import setbase
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from tuner.config.adapters import with_adapter_trained, with_base_of
 from tuner.config.checking import problems_of
 from tuner.config.explaining import COMPOSE_ERRORS, explain, one_line, unknown_key
+from tuner.config.folder import conf_dir
+from tuner.config.groups import SCALE, Groups, at_home
+from tuner.config.pinning import pin
+from tuner.config.places import refuse_shape_of_folder
+from tuner.config.replaced import without_keys_of_replaced
+from tuner.config.scaling import shrunk
 from tuner.errors import ConfigError, IllegalCombination, UnknownKey
 
 PRIMARY = "config"
-LOCAL_PATHS = ("model.path", "data.path")
+LOCAL_PATHS = ("adapter", "peft.path", "model.path", "data.path", "data.val_path", "data.cache_dir")
 """Keys that name a file or folder, made absolute by `freeze`."""
 PLAIN = re.compile(r"[\w./:@%+ -]+")
 """Values that Hydra reads as they are; a comma would be a sweep."""
-
-
-def conf_dir() -> Path:
-    """The folder of the config groups: inside an installed package, beside it in a checkout."""
-    package = Path(__file__).resolve().parent.parent
-    inside = package / "conf"
-    return inside if inside.is_dir() else package.parent / "conf"
 
 
 def compose(overrides: Sequence[str] = (), *, config_name: str = PRIMARY, config_dir: str | None = None) -> DictConfig:
@@ -75,20 +78,57 @@ def config_loader(conf: str | None = None, config_dir: str | None = None, keys: 
     if config_dir is not None:
         before = SearchPathQuery(provider="main")
         search_path.prepend("command-line", f"file://{_folder('--config-dir', config_dir)}", before)
-    loader = ConfigLoaderImpl(config_search_path=search_path)
-    loader.repository = _Groups(search_path, keys)
+    loader = _Loader(config_search_path=search_path)
+    loader.repository = Groups(search_path, keys)
     return loader
 
 
-class _Groups(ConfigRepository):
-    """Hydra's groups without those whose names the command uses for keys."""
+class _Loader(ConfigLoaderImpl):
+    """Hydra's loader, of whose configurations a run that names an adapter holds what that brings, which shrinks a model
+    by a scale, which leaves out what an experiment says of a method that words replace, and refuses words that a
+    model's folder overrules.
 
-    def __init__(self, search_path: ConfigSearchPath, keys: Collection[str]) -> None:
-        super().__init__(search_path)
-        self._keys = keys
+    Here and not after composing, because everything composes through the loader: Hydra's own switches and the points of
+    a sweep too. A scale is worked out before the words set keys, so these have the last word.
+    """
 
-    def group_exists(self, config_path: str) -> bool:
-        return config_path not in self._keys and super().group_exists(config_path)
+    def _compose_config_from_defaults_list(self, defaults: list[ResultDefault], repo: IConfigRepository) -> DictConfig:
+        config: DictConfig | None = None
+        for scales, group in groupby(
+            defaults, lambda default: at_home(default.config_path or "").startswith(f"{SCALE}/")
+        ):
+            part = super()._compose_config_from_defaults_list(list(group), repo)
+            if config is None:
+                config = part
+            else:
+                config.merge_with(_scaled(config, part) if scales else part)
+        assert config is not None  # Hydra's own node is always there
+        return config
+
+    def load_configuration(
+        self,
+        config_name: str | None,
+        overrides: list[str],
+        run_mode: RunMode,
+        from_shell: bool = True,
+        validate_sweep_overrides: bool = True,
+    ) -> DictConfig:
+        config = super().load_configuration(config_name, overrides, run_mode, from_shell, validate_sweep_overrides)
+        without_keys_of_replaced(config, overrides)
+        refuse_shape_of_folder(config, overrides)
+        adapter = OmegaConf.select(config, "adapter", throw_on_missing=False, throw_on_resolution_failure=False)
+        if not isinstance(adapter, str) or "peft" not in config:
+            return config
+        member = yaml.safe_load((conf_dir() / "peft" / "adapter.yaml").read_text(encoding="utf-8"))
+        return with_base_of_adapter(adapter, with_adapter_trained(adapter, config, overrides, member), overrides)
+
+
+def _scaled(config: DictConfig, scale: DictConfig) -> DictConfig:
+    """A member of `scale` whose sizes of the model are worked out for the one that was composed."""
+    if "model" in scale and "model" in config:
+        keys = [OmegaConf.to_container(node.model, resolve=True) for node in (config, scale)]
+        scale.model = shrunk(*cast(list[dict[str, Any]], keys))
+    return scale
 
 
 def load(
@@ -144,6 +184,23 @@ def load_point(loader: ConfigLoader, master: DictConfig, words: Sequence[str]) -
         raise ConfigError(problems) from error
 
 
+def with_base_of_adapter(adapter: str, config: DictConfig, words: Sequence[str]) -> DictConfig:
+    """A command's configuration with the base of an adapter, as far as `words` do not choose another.
+
+    Raises:
+        ConfigError: no adapter that can be loaded here, or its base is no folder.
+    """
+    return with_base_of(adapter, config, words, _settled)
+
+
+def _settled(words: Sequence[str], keys: Mapping[str, Any]) -> DictConfig:
+    config = compose(words)
+    for key, value in keys.items():
+        OmegaConf.update(config, key, value, force_add=True)
+    check(config)
+    return freeze(config)
+
+
 def without_hydra(config: DictConfig) -> DictConfig:
     """A configuration without Hydra's own node, which is taken out in place."""
     with open_dict(config):
@@ -166,12 +223,21 @@ def plain(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
     return {str(key): value for key, value in container.items()}
 
 
-def freeze(config: DictConfig) -> DictConfig:
+def freeze(config: DictConfig, *, pins: bool = True) -> DictConfig:
     """A resolved copy that means the same in any process on any folder: what a run writes as its config.yaml.
 
     Paths become absolute, a logger's `log_dir` among them, `train.num_threads` this machine's number and a logger's
     `tracking_uri` the store that will be used: the key itself, else `MLFLOW_TRACKING_URI`, else mlflow.db in the
-    current folder. Freezing a frozen configuration changes nothing.
+    current folder. With a `model.source` or `data.source`, the `revision` becomes the commit it names. Freezing a
+    frozen configuration changes nothing.
+
+    Args:
+        config: composed.
+        pins: False leaves revisions as they are and asks no hub.
+
+    Raises:
+        ModelError, DataError: the hub has to be asked for a `source`, and cannot be reached or does not give it.
+        ConfigError: the extra `hub` or `datasets` is not installed.
     """
     frozen: DictConfig = OmegaConf.create(_literal(plain(config)))
     OmegaConf.set_struct(frozen, True)
@@ -180,9 +246,17 @@ def freeze(config: DictConfig) -> DictConfig:
     for key in LOCAL_PATHS:
         if isinstance(path := OmegaConf.select(frozen, key, throw_on_missing=False), str):
             OmegaConf.update(frozen, key, _absolute(path))
+    resume = OmegaConf.select(frozen, "checkpoint.resume", throw_on_missing=False)
+    if isinstance(resume, str) and resume not in ("auto", "never"):
+        frozen.checkpoint.resume = _absolute(resume)
+    template = OmegaConf.select(frozen, "model.chat_template", throw_on_missing=False)
+    if isinstance(template, str) and template.endswith(".jinja"):  # else the name of a built-in one
+        frozen.model.chat_template = _absolute(template)
     if isinstance(train := frozen.get("train"), DictConfig) and train.get("num_threads", 0) is None:
         train.num_threads = available_cpus()
     _settle_logger(frozen.get("logger"))
+    if pins:
+        pin(frozen)
     return frozen
 
 

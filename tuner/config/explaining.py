@@ -8,12 +8,16 @@ from collections.abc import Callable, Sequence
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 
+from tuner.config.groups import SCALE, group_and_option
+from tuner.config.torchtune.words import sentence_for
 from tuner.errors import nearest
 
 COMPOSE_ERRORS = (HydraException, ValueError)
 """What Hydra raises for words that do not compose; ValueError where it did not expect a value, as in `model=null`."""
 
 UNKNOWN_KEY = re.compile(r"Could not override '(?P<key>[^']*)'")
+WITH_A_PLUS = re.compile(rf"To append to your default list use \+(?P<word>{SCALE}=\S+)")
+"""What Hydra says of an option of the group that no run has unless asked for."""
 MERGE = re.compile(r"Error merging override (?P<word>.*)")
 
 
@@ -49,7 +53,7 @@ def explain(
         except COMPOSE_ERRORS as next_error:
             error = next_error
         else:
-            return problems + [f"{word}: no such key; {_valid_beside(config, key)}" for key, word in unknown], config
+            return problems + [_no_such_key(config, key, word) for key, word in unknown], config
 
 
 def unknown_key(error: Exception) -> str | None:
@@ -79,8 +83,11 @@ def _read(error: Exception) -> tuple[str | None, str | None]:
             word
         ), f"{word}: cannot be read as key=value; quote what holds special characters: key='\"value\"'"
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
-        group, _, option = error.missing_cfg_file.rpartition("/")
-        return group, f"{group}={option}: no such option; {nearest(option, error.options)}"
+        group, option = group_and_option(error.missing_cfg_file)
+        said = sentence_for(f"{group}={option}")
+        return group, said or f"{group}={option}: no such option; {nearest(option, error.options)}"
+    if found := WITH_A_PLUS.search(message):
+        return _key_of(found["word"]), f"{found['word']}: chosen with a plus, as +{found['word']}"
     if found := UNKNOWN_KEY.search(message):
         return found["key"], None
     if found := MERGE.search(message):
@@ -96,6 +103,11 @@ def sentence(error: Exception) -> str:
 
 def _key_of(word: str) -> str:
     return word.lstrip("+~").partition("=")[0].partition("@")[0].removesuffix(":")
+
+
+def _no_such_key(config: DictConfig, key: str, word: str) -> str:
+    """What to say in place of a word whose key does not exist in what the other words compose."""
+    return sentence_for(word, config.__contains__) or f"{word}: no such key; {_valid_beside(config, key)}"
 
 
 def _valid_beside(config: DictConfig, key: str) -> str:

@@ -90,7 +90,10 @@ def union(kinds: list[Kind]) -> Kind:
 def literal(values: list[Any]) -> Kind:
     names = ", ".join(str(value) for value in values)
     # 1 == True: compare types too, so that Literal[1] does not take true.
-    return Kind(f"one of {names}", lambda value: any(type(value) is type(v) and value == v for v in values))
+    return Kind(
+        names if len(values) == 1 else f"one of {names}",
+        lambda value: any(type(value) is type(v) and value == v for v in values),
+    )
 
 
 def list_of(item: Kind) -> Kind:

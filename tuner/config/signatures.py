@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from tuner.config.kinds import RUN_TIME, Kind, kind_of, member, record
 
@@ -64,6 +65,20 @@ def definitions(module: str) -> dict[str, Definition]:
     return {node.name: node for node in body if isinstance(node, ast.ClassDef | ast.FunctionDef)}
 
 
+def constant_of(target: str, name: str) -> Any:
+    """A literal that a class of ours assigns to a name in its body.
+
+    Raises:
+        LookupError: no such module, class or assignment.
+    """
+    module, _, class_name = target.rpartition(".")
+    found = definitions(module).get(class_name)
+    for node in found.body if isinstance(found, ast.ClassDef) else []:
+        if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == name for t in node.targets):
+            return ast.literal_eval(node.value)
+    raise LookupError(f"{target} assigns no {name}")
+
+
 def _signature(module: str, name: str) -> Signature:
     found = definitions(module).get(name)
     if found is None:
@@ -87,7 +102,8 @@ def _of_function(module: str, function: ast.FunctionDef, skip: int) -> Signature
 
 
 def _of_fields(module: str, node: ast.ClassDef, inherited: Signature) -> Signature:
-    fields = [f for f in node.body if isinstance(f, ast.AnnAssign) and isinstance(f.target, ast.Name)]
+    annotated = [f for f in node.body if isinstance(f, ast.AnnAssign) and isinstance(f.target, ast.Name)]
+    fields = [f for f in annotated if not ast.unparse(f.annotation).startswith("ClassVar")]
     keys = {f.target.id: _kind(module, f.annotation) for f in fields if isinstance(f.target, ast.Name)}
     defaults = {f.target.id for f in fields if isinstance(f.target, ast.Name) and f.value is not None}
     return Signature({**inherited.keys, **keys}, inherited.defaults | defaults)

@@ -7,7 +7,6 @@ import math
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from tuner.build import require_embedded
 from tuner.data.batches import batches_by_length
 from tuner.loop import evaluate as mean_loss
 from tuner.types import Dataset
@@ -22,7 +21,7 @@ def evaluate(cfg: DictConfig, overrides: list[str]) -> str:
     """
     source = source_of(cfg, overrides)
     dataset: Dataset = instantiate(source.settings.data).load(source.tokenizer)
-    require_embedded([source.tokenizer.pad_id, *(max(s.tokens) for s in dataset.validation)], source.model)
+    source.require_embedded([source.tokenizer.pad_id, dataset.largest_token])
     batches = batches_by_length(dataset.validation, cfg.batch_size, source.tokenizer.pad_id)
     loss = mean_loss(source.load(), batches, source.device)
     trained = sum(batch.num_trained for batch in batches)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -9,10 +10,10 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from tuner.errors import ConfigError
-from tuner.models.llama import Llama
-from tuner.peft.adapter_folder import has_adapter, lora_layers
-from tuner.peft.merge import merge_adapters, merged_weight
-from tuner.results import save_model
+from tuner.models.decoder import Decoder
+from tuner.peft.adapted import adapted_layers, dense_weight
+from tuner.peft.adapter_folder import has_adapter
+from tuner.results import require_free, save_model
 from tuner.verbs.source import Source, source_of
 
 
@@ -23,19 +24,35 @@ def merge(cfg: DictConfig, overrides: list[str]) -> str:
         TunerError: no adapter, a `dest` that holds something, or no room.
     """
     dest = Path(cfg.dest).expanduser().absolute()
-    if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
-        raise ConfigError(f"dest={dest} exists and is not empty")
+    require_free(dest)
     source = source_of(cfg, overrides)
     model = source.load(quantized=cfg.merge_into == "dequantized")
     if not has_adapter(model):
-        raise ConfigError("nothing to merge: give run=DIR, adapter=DIR or checkpoint=DIR of an adapter")
-    report = _choice(source, model, cfg.merge_into)
-    merge_adapters(model, source.dtype)
+        raise ConfigError(
+            "nothing to merge: give run=DIR, adapter=DIR or checkpoint=DIR of an adapter; full training leaves a whole "
+            "model, which tuner export writes from a checkpoint"
+        )
+    return write_merged(source, model, cfg.merge_into, dest)
+
+
+def write_merged(source: Source, model: Decoder, merge_into: str, dest: Path) -> str:
+    """Write the merged model and say which base the adapter went into.
+
+    Args:
+        source: of the model.
+        model: with its adapter, on the base that `merge_into` names.
+        merge_into: `dequantized` or `original`.
+        dest: appears whole or not at all.
+
+    Raises:
+        CheckpointError: no room on the disk.
+    """
+    report = _choice(source, model, merge_into)
     save_model(model, source.tokenizer, dest)
     return f"{report}\nmerged: {dest}"
 
 
-def _choice(source: Source, model: Llama, merge_into: str) -> str:
+def _choice(source: Source, model: Decoder, merge_into: str) -> str:
     """Which base it is and, over a quantized one, how far the two possible bases are apart."""
     dtype = str(source.dtype).removeprefix("torch.")
     if source.quantization.name == "none":
@@ -56,20 +73,29 @@ def _choice(source: Source, model: Llama, merge_into: str) -> str:
 
 
 @torch.no_grad()
-def _rounding(model: Llama, dtype: torch.dtype) -> float:
+def _rounding(model: Decoder, dtype: torch.dtype) -> float:
     """Relative Frobenius error of the merged weights in `dtype`."""
-    exact = [merged_weight(layer) for _, layer in lora_layers(model)]
-    return _relative(exact, [weight.to(dtype).float() for weight in exact])
+    return _relative((weight, weight.to(dtype).float()) for weight in _merged(model))
 
 
 @torch.no_grad()
-def _distance(model: Llama, other: Llama) -> float:
+def _distance(model: Decoder, other: Decoder) -> float:
     """Relative Frobenius distance between the merged weights on two bases."""
-    pairs = zip(lora_layers(model), lora_layers(other), strict=True)
-    weights = [(merged_weight(mine), merged_weight(theirs)) for (_, mine), (_, theirs) in pairs]
-    return _relative([a for a, _ in weights], [b for _, b in weights])
+    return _relative(zip(_merged(model), _merged(other), strict=True))
 
 
-def _relative(weights: list[Tensor], others: list[Tensor]) -> float:
-    difference = sum(float((a - b).square().sum()) for a, b in zip(weights, others, strict=True))
-    return float((difference / sum(float(a.square().sum()) for a in weights)) ** 0.5)
+def _merged(model: Decoder) -> Iterator[Tensor]:
+    """The matrices in fp32 that an adapter is merged into, or, of one of norms, those of the blocks; one at a time."""
+    adapted = [layer for _, layer in adapted_layers(model)]
+    yield from (layer.merged_weight() for layer in adapted)
+    if not adapted:
+        yield from (dense_weight(slot.module).float() for slot in model.quantizable())
+
+
+def _relative(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """Of weights and others, two at a time in memory."""
+    difference = size = 0.0
+    for weight, other in pairs:
+        difference += float((weight - other).square().sum())
+        size += float(weight.square().sum())
+    return float((difference / size) ** 0.5)

@@ -16,7 +16,8 @@ from tuner.errors import TunerError
 from tuner.logging.background import root_cause
 from tuner.logging.disk import CONFIG, ENVIRONMENT, OVERRIDES, SAMPLES, SUMMARY, Row, read_metrics
 from tuner.logging.mlflow import MLflowLogger, default_tracking_uri
-from tuner.logging.mlflow_run import MlflowRecord, MlflowRun, silent, store_errors, without_password
+from tuner.logging.mlflow_run import STATUS, MlflowRecord, MlflowRun, silent, store_errors, without_password
+from tuner.runs import RunState, state_of
 
 KEPT = (CONFIG, OVERRIDES, ENVIRONMENT, SAMPLES, "adapter")
 _TARGET = f"{MLflowLogger.__module__}.{MLflowLogger.__qualname__}"
@@ -24,6 +25,8 @@ _TARGET = f"{MLflowLogger.__module__}.{MLflowLogger.__qualname__}"
 
 def sync(run_dir: str | Path) -> str:
     """Replay a run folder into MLflow; what the store holds already is left as it is, so it may be called again.
+
+    A run that was killed, which its heartbeat tells, is KILLED there.
 
     The store is the one where the run was begun (`mlflow.json`); where none was reached, `MLFLOW_TRACKING_URI`, else
     the store that the run was meant for, else `sqlite:///mlflow.db` in the working directory.
@@ -41,15 +44,13 @@ def sync(run_dir: str | Path) -> str:
             run_id, new_values = _replay(folder, uri)
     except store_errors() as problem:
         raise TunerError(f"the store {without_password(uri)} cannot be used ({root_cause(problem)})") from problem
-    still = (
-        "; it has no summary.json (still running, or killed), so it stays RUNNING there" if not folder.summary else ""
-    )
+    still = "" if folder.summary else f"; {_without_summary(folder.state)}"
     return f"{folder.out} is run {run_id} in {without_password(uri)}, {new_values} metric values new{still}"
 
 
 @dataclass(frozen=True)
 class _RunFolder:
-    """What a run folder says; `summary` is null where the run has not ended, `ended_s` since the epoch.
+    """What a run folder says; `summary` is null where the run has not ended or could not say so.
 
     `dataset` is null where a run ended before it had one: a trial whose data could not be read.
     """
@@ -60,19 +61,18 @@ class _RunFolder:
     dataset: dict[str, Any] | None
     rows: list[Row]
     started_s: float
+    state: RunState
     summary: dict[str, Any] | None
-    ended_s: float | None
 
 
 def _read(out: Path) -> _RunFolder:
     if not (out / CONFIG).exists():
         raise TunerError(f"{out} is not a run folder: it has no {CONFIG}")
-    environment = out / ENVIRONMENT
-    if not environment.exists() and not (out / SUMMARY).exists():
+    environment, summary, state = out / ENVIRONMENT, out / SUMMARY, state_of(out)
+    if not environment.exists() and not summary.exists():
         raise TunerError(f"{out} is not a run folder: it has no {ENVIRONMENT}")
     config = yaml.safe_load((out / CONFIG).read_text(encoding="utf-8"))
     rows = read_metrics(out)
-    summary = out / SUMMARY
     return _RunFolder(
         out=out,
         config=config,
@@ -80,8 +80,8 @@ def _read(out: Path) -> _RunFolder:
         dataset=json.loads(environment.read_text(encoding="utf-8"))["dataset"] if environment.exists() else None,
         rows=rows,
         started_s=rows[0].time if rows else (out / CONFIG).stat().st_mtime,
-        summary=json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else None,
-        ended_s=summary.stat().st_mtime if summary.exists() else None,
+        state=state,
+        summary=json.loads(summary.read_text(encoding="utf-8")) if state.told else None,
     )
 
 
@@ -106,8 +106,19 @@ def _replay(folder: _RunFolder, uri: str) -> tuple[str, int]:
         if (folder.out / name).exists():
             run.artifact(folder.out / name)
     if folder.summary is not None:
-        run.end(folder.summary["status"], folder.summary, complete=True, end_s=folder.ended_s)
+        run.end(folder.summary["status"], folder.summary, complete=True, end_s=folder.state.since_s)
+    elif folder.state.state in STATUS:
+        run.broke_off(folder.state.state, str(folder.state.reason), folder.state.since_s)
     return run.run_id, new_values
+
+
+def _without_summary(state: RunState) -> str:
+    """What is known of a run that has not said how it ended, and its status at MLflow."""
+    if state.state in STATUS:
+        how = "was killed" if state.state == "killed" else state.state
+        return f"it {how} ({state.reason}), so it is {STATUS[state.state]} there"
+    what = "is running" if state.state == "running" else "has no summary.json (running, or killed)"
+    return f"it {what}, so it stays RUNNING there"
 
 
 def _settings(logger: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
@@ -14,6 +16,6 @@ def validate(cfg: DictConfig, overrides: list[str]) -> str:
     Raises:
         TunerError: a model that cannot be built or adapted as `cfg` says.
     """
-    parts = (instantiate(cfg[group]) for group in ("model", "quantization", "peft"))
-    total, trainable = count_from_config(*parts)
+    model, quantization, peft = (instantiate(cfg[group]) for group in ("model", "quantization", "peft"))
+    total, trainable = count_from_config(model, quantization, peft, Path(cfg.adapter) if cfg.adapter else None)
     return f"total_params: {total}\ntrainable_params: {trainable}"
