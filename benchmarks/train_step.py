@@ -2,7 +2,8 @@
 
 Each row runs two workers, ours and PEFT's, on the same random weights of SmolLM2-135M's shape and the same tokens. Both
 stay alive and are asked for one step in turn, so that the drift of a shared machine reaches both; the peak resident set
-is that of each worker. Before a row counts, the losses of both first steps must agree.
+is that of each worker. Threads that wait sleep (`OMP_WAIT_POLICY=passive`), so that CPU time is work. Before a row
+counts, the losses of both first steps must agree.
 
 Ours is what `python -m tuner` runs: `load_base`, `NF4`, `LoRA`, `cast_trainable` and `training_steps`. Theirs is
 transformers and PEFT with the adapters in the weights' dtype (`autocast_adapter_dtype=False`), its faster setting, and
@@ -59,6 +60,7 @@ class Row:
     modules: tuple[str, ...]
     quantized: bool
     title: str
+    dora: bool = False
 
 
 ROWS = {
@@ -67,6 +69,8 @@ ROWS = {
     "bf16-qv": Row("bfloat16", ("q_proj", "v_proj"), False, "LoRA, q and v, bf16"),
     "bf16-all": Row("bfloat16", ATTENTION + MLP, False, "LoRA, all linears, bf16"),
     "bf16-qlora": Row("bfloat16", ATTENTION + MLP, True, "QLoRA, all linears, bf16"),
+    "bf16-dora": Row("bfloat16", ATTENTION + MLP, False, "DoRA, all linears, bf16", dora=True),
+    "bf16-qdora": Row("bfloat16", ATTENTION + MLP, True, "DoRA over NF4, all linears, bf16", dora=True),
 }
 
 
@@ -90,34 +94,29 @@ def write_model(folder: Path, dtype: str) -> None:
     """SmolLM2-135M's shape with random weights as a Hugging Face folder in the row's dtype."""
     import torch
 
-    from tuner.models.folder import save_weights
     from tuner.models.llama import LlamaConfig
     from tuner.models.random_weights import fill_with_random_weights
+    from tuner.models.stored import stored_tensors
+    from tuner.models.writing import save_weights
 
-    config = LlamaConfig(
-        path=None,
-        package=None,
-        random_weights=True,
-        vocab_size=49152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        head_dim=None,
-        max_position_embeddings=8192,
-        rms_norm_eps=1e-5,
-        rope_theta=1e5,
-        rope_scaling=None,
-        tie_word_embeddings=True,
-        attention_bias=False,
-        mlp_bias=False,
-    )
+    shape = {
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e5,
+        "tie_word_embeddings": True,
+    }
+    config = LlamaConfig.from_hugging_face(shape, None)
     with torch.device("meta"):
         model = config.build()
     fill_with_random_weights(model, getattr(torch, dtype), torch.device("cpu"), seed=0)
-    weights = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
-    save_weights(folder, config.to_hugging_face(), weights)
+    model.tie()  # the head is still the matrix that was replaced
+    save_weights(folder, config.to_hugging_face(), stored_tensors(model))
 
 
 def ours(row: Row, folder: Path, args: argparse.Namespace) -> Callable[[], float]:
@@ -129,6 +128,8 @@ def ours(row: Row, folder: Path, args: argparse.Namespace) -> Callable[[], float
     from tuner.memory.default import MemoryTechniques
     from tuner.models.family import config_of_folder
     from tuner.optimizers.adamw import adamw
+    from tuner.optimizers.groups import trained
+    from tuner.peft.dora import DoRA
     from tuner.peft.lora import LoRA
     from tuner.quantization.nf4 import NF4
     from tuner.quantization.none import NoQuantization
@@ -152,14 +153,16 @@ def ours(row: Row, folder: Path, args: argparse.Namespace) -> Callable[[], float
 
     tokens, cpu = tokens_of(args), torch.device("cpu")
     roles: list[Any] = [name.replace("o_proj", "output_proj") for name in row.modules if name in ATTENTION]
+    quantization = NF4(block_size=64, double_quant=True) if row.quantized else NoQuantization()
+    chosen = (RANK, ALPHA, 0.0, roles, "down_proj" in row.modules, False, False)
+    peft = DoRA("dora", *chosen) if row.dora else LoRA("lora", *chosen)
     model = build_model(
-        load_base(config_of_folder(folder), getattr(torch, row.dtype), cpu, seed=0),
-        NF4(block_size=64, double_quant=True) if row.quantized else NoQuantization(),
-        LoRA("lora", RANK, ALPHA, 0.0, roles, "down_proj" in row.modules, False, False),
+        load_base(config_of_folder(folder), getattr(torch, row.dtype), cpu, 0, quantization),
+        peft,
         Precision(row.dtype, row.dtype, args.trainable),
-        MemoryTechniques("none"),
+        MemoryTechniques("none", False, False),
     )
-    optimizer = adamw([p for p in model.parameters() if p.requires_grad], LR, [0.9, 0.999], 1e-8, 0.0, fused=True)
+    optimizer = adamw(trained(model), LR, [0.9, 0.999], 1e-8, 0.0, fused=True, loraplus_lr_ratio=None, no_decay=[])
     state = State(model, optimizer, SameBatch())
     steps = training_steps(state, FullRate(), total_steps=10**9, clip_grad_norm=CLIP_GRAD_NORM, device=cpu)
     return lambda: next(steps).loss
@@ -178,7 +181,8 @@ def theirs(row: Row, folder: Path, args: argparse.Namespace) -> Callable[[], flo
     base = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, quantization_config=quantization if row.quantized else None
     )
-    lora = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=list(row.modules))
+    keys = {"lora_alpha": ALPHA, "lora_dropout": 0.0, "target_modules": list(row.modules), "use_dora": row.dora}
+    lora = peft.LoraConfig(r=RANK, **keys)
     model: nn.Module = peft.get_peft_model(base, lora, autocast_adapter_dtype=False).train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:  # over packed weights PEFT leaves them in fp32
@@ -229,7 +233,12 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=None if args.verbose else subprocess.DEVNULL,
             text=True,
-            env={**os.environ, "OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1"},
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": str(args.threads),
+                "OMP_WAIT_POLICY": "passive",
+                "HF_HUB_OFFLINE": "1",
+            },
         )
 
     def step(self) -> dict[str, float]:
