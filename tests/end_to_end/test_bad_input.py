@@ -22,7 +22,7 @@ GROUPS_AND_A_KEY = {
     "peft": ("lora_rnk", "did you mean lora_rank"),
     "quantization": ("blocksize", "no such key"),
     "precision": ("trainabl", "did you mean trainable?"),
-    "memory": ("activation_checkpoint", "did you mean activation_checkpointing?"),
+    "memory": ("activation_checkpoint", "did you mean activation_checkpointing or activation_offloading?"),
     "optimizer": ("weight_dcay", "did you mean weight_decay?"),
     "schedule": ("min_lr", "did you mean min_lr_ratio?"),
     "distributed": ("ranks", "no such key"),

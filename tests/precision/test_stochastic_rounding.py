@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -11,24 +11,33 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tuner.checkpoint.snapshot import load_exactly
 from tuner.optimizers.adam8bit import adam8bit
 from tuner.optimizers.adamw import adamw
 from tuner.optimizers.adamw8bit import adamw8bit
 from tuner.optimizers.custom import custom
+from tuner.optimizers.groups import Trained
 from tuner.optimizers.sgd import sgd
 from tuner.precision import stochastic_rounding
 from tuner.precision.stochastic_rounding import key_of, random_bits, round_stochastically, round_updates
 from tuner.types import State
 
 CPU = torch.device("cpu")
-ADAM: dict[str, Any] = {"lr": 1e-3, "betas": [0.9, 0.99], "eps": 1e-8, "weight_decay": 0.01}
-OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+PLAIN: dict[str, Any] = {"loraplus_lr_ratio": None, "no_decay": []}
+ADAM: dict[str, Any] = {"lr": 1e-3, "betas": [0.9, 0.99], "eps": 1e-8, "weight_decay": 0.01, **PLAIN}
+SGD: dict[str, Any] = {"lr": 1e-2, "momentum": 0.9, "nesterov": False, "weight_decay": 0.01, **PLAIN}
+OPTIMIZERS: dict[str, Callable[[Sequence[Trained]], torch.optim.Optimizer]] = {
     "adamw": lambda parameters: adamw(parameters, **ADAM, fused=True),
     "adamw8bit": lambda parameters: adamw8bit(parameters, **ADAM, min_8bit_size=256),
     "adam8bit": lambda parameters: adam8bit(parameters, **ADAM, min_8bit_size=256),
-    "sgd": lambda parameters: sgd(parameters, lr=1e-2, momentum=0.9, nesterov=False, weight_decay=0.01),
+    "sgd": lambda parameters: sgd(parameters, **SGD),
     "radam": lambda parameters: custom("torch.optim.RAdam", parameters, {"lr": 1e-3}, []),
+    "nadam": lambda parameters: custom("torch.optim.NAdam", parameters, {"lr": 1e-3}, []),
 }
+
+
+def optimizer_of(name: str, params: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+    return OPTIMIZERS[name]([Trained(str(number), param, "matrices") for number, param in enumerate(params)])
 
 
 def rounded(exact: Tensor, key: int) -> Tensor:
@@ -134,7 +143,7 @@ def give_gradients(params: list[nn.Parameter], step: int) -> None:
 
 
 def state_of(name: str, params: list[nn.Parameter], step: int = 0, seed: int = 11) -> State:
-    state = State(nn.Module(), OPTIMIZERS[name](params), None, step=step)  # type: ignore[arg-type]
+    state = State(nn.Module(), optimizer_of(name, params), None, step=step)  # type: ignore[arg-type]
     round_updates(state, seed)
     return state
 
@@ -151,7 +160,7 @@ def stepped(state: State, params: list[nn.Parameter], until: int) -> list[Tensor
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_step_is_the_optimizers_step_in_fp32_rounded(name: str) -> None:
     ours, exact = parameters(), [nn.Parameter(parameter.detach().float()) for parameter in parameters()]
-    state, twin = state_of(name, ours), OPTIMIZERS[name](exact)
+    state, twin = state_of(name, ours), optimizer_of(name, exact)
     for step in range(4):
         places = [parameter.data_ptr() for parameter in ours]
         give_gradients(exact, step)
@@ -178,7 +187,7 @@ def test_continued_from_its_state_it_ends_bit_for_bit_the_same(name: str) -> Non
     file.seek(0)
     second = [nn.Parameter(parameter.detach().clone()) for parameter in first]
     continued = state_of(name, second, step=3)
-    continued.optimizer.load_state_dict(torch.load(file, weights_only=True))
+    load_exactly(continued.optimizer, torch.load(file, weights_only=True))
     assert {parameter.dtype for parameter in second} == {torch.bfloat16}
     moments = [value for entry in continued.optimizer.state.values() for value in entry.values()]
     assert {x.dtype for x in moments if isinstance(x, Tensor)} <= {torch.float32, torch.uint8, torch.int64}

@@ -86,7 +86,7 @@ def put_back(snapshot: Snapshot, state: State, origin: Path) -> None:
     state.batches.load_state_dict(training["batches"])
     put_weights(snapshot.weights, state.model, origin)
     try:
-        state.optimizer.load_state_dict(training["optimizer"])
+        load_exactly(state.optimizer, training["optimizer"])
     except (ValueError, KeyError) as error:
         raise CheckpointError(f"{origin}: made with another optimizer: {error}") from error
     for name in COUNTERS:
@@ -94,6 +94,24 @@ def put_back(snapshot: Snapshot, state: State, origin: Path) -> None:
     set_random_states(training["rng"])
     if state.loss_scale is not None and (saved := training["loss_scale"]) is not None:
         state.loss_scale.load_state_dict(saved)
+
+
+def load_exactly(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
+    """Load a state dict, with every tensor of the state in the dtype that was saved.
+
+    `load_state_dict` casts what is floating-point to the dtype of its parameter, which rounds what is kept in fp32 for
+    parameters in bf16.
+
+    Raises:
+        ValueError, KeyError: it is of another optimizer.
+    """
+    optimizer.load_state_dict(dict(saved))
+    for group, saved_group in zip(optimizer.param_groups, saved["param_groups"], strict=True):
+        for parameter, number in zip(group["params"], saved_group["params"], strict=True):
+            for name, value in saved["state"].get(number, {}).items():
+                loaded = optimizer.state[parameter].get(name)
+                if isinstance(value, Tensor) and isinstance(loaded, Tensor) and loaded.dtype != value.dtype:
+                    optimizer.state[parameter][name] = value.to(loaded.device, copy=True)
 
 
 def trainable(model: nn.Module) -> dict[str, Tensor]:

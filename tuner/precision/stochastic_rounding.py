@@ -16,9 +16,8 @@ would have drawn, and neither the number of threads nor the device changes a bit
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +32,7 @@ LOW = 0xFFFF
 
 
 def round_updates(state: State, seed: int, device_type: DeviceType = "cpu") -> None:
-    """Let `state.optimizer` round stochastically what it makes of its parameters, and load its state for them exactly.
+    """Let `state.optimizer` round stochastically what it makes of its parameters.
 
     Args:
         state: its `step` decides with the seed what is drawn; all that trains is in bfloat16.
@@ -41,7 +40,7 @@ def round_updates(state: State, seed: int, device_type: DeviceType = "cpu") -> N
         device_type: whose chunks it works in.
     """
     optimizer = state.optimizer
-    plain_step, plain_load = optimizer.step, optimizer.load_state_dict
+    plain_step = optimizer.step
 
     def step() -> None:
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -54,12 +53,7 @@ def round_updates(state: State, seed: int, device_type: DeviceType = "cpu") -> N
                     plain_step()
                     parameter.grad = None
 
-    def load_state_dict(saved: Mapping[str, Any]) -> None:
-        with _looking_exact([parameter for group in optimizer.param_groups for parameter in group["params"]]):
-            plain_load(dict(saved))
-
     optimizer.step = step  # type: ignore[method-assign, assignment]
-    optimizer.load_state_dict = load_state_dict  # type: ignore[method-assign, assignment]
 
 
 def round_stochastically(exact: Tensor, key: int, out: Tensor, chunk: int = CHUNK["cpu"]) -> None:
@@ -125,19 +119,3 @@ def _exact_copy(parameter: nn.Parameter, key: int, chunk: int) -> Iterator[None]
     yield
     round_stochastically(parameter.data, key, own, chunk)
     parameter.data = own
-
-
-@contextmanager
-def _looking_exact(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """In the block the parameters have float32's dtype and their own shape, and no values: one number stands for all.
-
-    Optimizers cast the state that they load to the dtype of its parameter.
-    """
-    own = [(parameter, parameter.data) for parameter in parameters]
-    for parameter, data in own:
-        parameter.data = torch.empty(1, dtype=torch.float32, device=data.device).expand(data.shape)
-    try:
-        yield
-    finally:
-        for parameter, data in own:
-            parameter.data = data
