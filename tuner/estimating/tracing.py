@@ -66,11 +66,15 @@ def trace(plan: Plan, device: Device) -> Peaks:
 
 
 def optimizer_with_state(model: Decoder, plan: Plan, device: Device, count: MemoryCount) -> torch.optim.Optimizer:
-    """The optimizer after a first step, which makes its state."""
+    """The optimizer after a first step, which makes its state; one on the host has none of it on the device."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of paged optimizers, that these tensors are on a CPU
         optimizer = plan.make_optimizer(model)
+    if plan.memory.offload_optimizer:
+        optimizer.state.clear()  # what some make at once
+        optimizer.step = lambda: None  # type: ignore[method-assign, assignment]
+        return optimizer
     if device.kind == "cuda":
         of_gpu(optimizer)
     with count.within(("first step",)):
