@@ -306,7 +306,7 @@ def test_defaults_of_an_optimizer_are_those_of_its_class(target: str) -> None:
 def test_an_offloaded_optimizer_is_adamw_with_its_state_on_the_host() -> None:
     target = "torchao.prototype.low_bit_optim.CPUOffloadOptimizer"
     optimizer = {"_component_": target, "lr": 1e-4, "offload_gradients": True, "minimal_size": 1024}
-    composed, _, printed = translated(changed("llama3_2_1B_full", optimizer=optimizer))
+    composed, _, printed = translated(changed("llama3_2_1B_full", optimizer=optimizer, device="cuda"))
     assert composed.optimizer._target_ == "tuner.optimizers.adamw.adamw"
     assert composed.optimizer.lr == 1e-4
     assert composed.memory.offload_optimizer is composed.memory.optimizer_in_bwd is True

@@ -142,11 +142,7 @@ def test_an_offloaded_optimizer_takes_nothing_of_the_gpu(optimizer: str) -> None
     words = ("model=llama", "peft=full", f"optimizer={optimizer}")
     plain, offloaded = alive(words, "h100"), alive((*words, "memory.offload_optimizer=true"), "h100")
     assert plain["optimizer_state"] > 0
-    assert offloaded.get("optimizer_state", 0) == 0
-    weights = offloaded["trainable_weights"]
-    assert weights == plain["trainable_weights"]
-    assert offloaded["gradients"] == weights  # at the end of the backward pass, where the peak is now
-    assert sum(offloaded.values()) <= sum(plain.values()) - plain["optimizer_state"] * 0.9
+    assert offloaded == {kind: size for kind, size in plain.items() if kind != "optimizer_state"}  # at the same peak
 
 
 def test_what_an_optimizer_makes_at_once_is_on_the_host_too() -> None:

@@ -70,7 +70,8 @@ class CudaLink:
         self._leaving.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._leaving):
             host_tensor.copy_(device_tensor, non_blocking=True)
-        return self._leaving.record_event()
+        copied: torch.cuda.Event = self._leaving.record_event()
+        return copied
 
     def end_out(self, begun: torch.cuda.Event) -> None:
         begun.synchronize()  # CPU-GPU sync point: the CPU is to read it
