@@ -299,6 +299,9 @@ class FrozenLinear(Protocol):
     def dense_weight(self) -> Tensor:
         """The weight [out_features, in_features] in the compute dtype, made anew at each call."""
 
+    def compute_in(self, dtype: torch.dtype) -> None:
+        """Make the weight dense in `dtype` from now on."""
+
 
 @dataclass(frozen=True)
 class LinearSlot:

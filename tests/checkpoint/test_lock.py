@@ -90,7 +90,7 @@ def test_a_kill_lets_the_folder_go_though_children_live_on(tmp_path: Path) -> No
     try:
         assert len(children) == 3
         assert "another process is at work" in refused(tmp_path)
-        # a child lets go as it begins (at exec, or after the fork), which may be a moment after its parent knows its pid
+        # a child lets go as it begins (at exec, or after the fork), a moment after its parent knows its pid
         deadline = time.monotonic() + 10
         while any(holds(child, tmp_path / ".lock") for child in children):
             assert time.monotonic() < deadline, "a child has the file"

@@ -142,13 +142,19 @@ def test_an_offloaded_optimizer_takes_nothing_of_the_gpu(optimizer: str) -> None
     words = ("model=llama", "peft=full", f"optimizer={optimizer}")
     plain, offloaded = alive(words, "h100"), alive((*words, "memory.offload_optimizer=true"), "h100")
     assert plain["optimizer_state"] > 0
-    assert offloaded == {kind: size for kind, size in plain.items() if kind != "optimizer_state"}  # at the same peak
+    del plain["optimizer_state"]
+    assert offloaded == pytest.approx(plain, abs=4096)  # at the same peak; bitsandbytes' tables of 1 KiB are gone too
 
 
 def test_what_an_optimizer_makes_at_once_is_on_the_host_too() -> None:
     words = ("model=llama", "peft=full", "memory.offload_optimizer=true")
     adagrad = ("optimizer=custom", "optimizer._target_=torch.optim.Adagrad")
     assert alive((*words, *adagrad), "h100") == alive(words, "h100")
+
+
+def test_rounding_is_the_hosts_too() -> None:
+    words = ("model=llama", "peft=full", "memory.offload_optimizer=true")
+    assert alive((*words, "precision=bf16_stochastic"), "h100") == alive((*words, "precision=bf16"), "h100")
 
 
 def test_steps_in_backward_on_the_host_leave_one_gradient() -> None:

@@ -63,7 +63,7 @@ def _with_depth(model: ModelConfig, depth: int) -> ModelConfig:
 def adapted(plan: Plan) -> Decoder:
     """The model on the meta device, quantized and adapted as `load_base` and `build_model` do."""
     with torch.device("meta"):
-        model = plan.model.build().to(getattr(torch, plan.precision.compute))
+        model = plan.model.build().to(getattr(torch, plan.precision.held))
         plan.quantization.quantize(model)
         model.tie()
         add_rows(model, plan.new_tokens)
