@@ -41,12 +41,12 @@ def built(value: Any, folder: Path, args: argparse.Namespace) -> Decoder:
     base = load_base(config_of_folder(folder), getattr(torch, args.dtype), torch.device("cpu"), 0)
     torch.manual_seed(0)
     lora = LoRA("lora", 8, 16, 0.0, ["q_proj", "k_proj", "v_proj", "output_proj"], True, False, False)
-    memory = MemoryTechniques("none" if value == "every_second" else value, False, False)
+    memory = MemoryTechniques("none" if value == "every_second" else value, False, False, False)
     peft = Full("full") if args.method == "full" else lora
     model = build_model(base, peft, Precision(args.dtype, args.dtype), memory)
     if value == "every_second":
         half: Any = SimpleNamespace(layers=torch.nn.ModuleList(list(model.layers)[::2]))
-        MemoryTechniques("full", False, False).apply(half)
+        MemoryTechniques("full", False, False, False).apply(half)
     return model
 
 

@@ -160,7 +160,7 @@ def ours(row: Row, folder: Path, args: argparse.Namespace) -> Callable[[], float
         load_base(config_of_folder(folder), getattr(torch, row.dtype), cpu, 0, quantization),
         peft,
         Precision(row.dtype, row.dtype, args.trainable),
-        MemoryTechniques("none", False, False),
+        MemoryTechniques("none", False, False, False),
     )
     optimizer = adamw(trained(model), LR, [0.9, 0.999], 1e-8, 0.0, fused=True, loraplus_lr_ratio=None, no_decay=[])
     state = State(model, optimizer, SameBatch())

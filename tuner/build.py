@@ -30,7 +30,7 @@ from tuner.peft.adapter_folder import has_adapter, load_adapter
 from tuner.peft.layernorm import tuned_norms
 from tuner.peft.token_rows import TokenRows, row_layers
 from tuner.quantization.none import NoQuantization
-from tuner.types import ChangesWeights, FrozenLinear, Peft, Precision, Quantization, StepsInBackward
+from tuner.types import ChangesWeights, FrozenLinear, OptimizerPlace, Peft, Precision, Quantization, StepsInBackward
 from tuner.vocabulary import expected_tokens, rows_brought
 
 UNQUANTIZED = NoQuantization()
@@ -39,9 +39,13 @@ UNQUANTIZED = NoQuantization()
 class MemoryTechniques(Protocol):
     """A member of the `memory` group."""
 
+    offload_optimizer: bool
+
     def require(self, device: torch.device) -> None: ...
 
     def apply(self, model: nn.Module) -> None: ...
+
+    def place_of_optimizer(self, parameters: Sequence[nn.Parameter]) -> OptimizerPlace: ...
 
     def steps_in_backward(
         self, optimizer: torch.optim.Optimizer, clip_each: float | None

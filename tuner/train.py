@@ -182,7 +182,10 @@ def prepare(cfg: DictConfig, out: Path) -> Parts:
     model = build_model(base, peft, precision, memory)
     if cfg.train.compile:
         model.compile_layers()
-    optimizer = build_optimizer(cfg.optimizer, trained(model), cfg.trust_targets)
+    trains = trained(model)
+    place = memory.place_of_optimizer([one.param for one in trains])
+    with place.there():
+        optimizer = build_optimizer(cfg.optimizer, trains, cfg.trust_targets)
     checkpoints = CheckpointStore(
         out, instantiate(cfg.checkpoint), base_of(model), origin_of(cfg.checkpoint.resume, out)
     )
@@ -190,7 +193,8 @@ def prepare(cfg: DictConfig, out: Path) -> Parts:
     logger: Logger = instantiate(cfg.logger)
     state = State(model, optimizer, batches, loss_scale=loss_scale_of(precision))
     if precision.stochastic_rounding:
-        round_updates(state, cfg.seed, model.device_type)
+        round_updates(state, cfg.seed, "cpu" if memory.offload_optimizer else model.device_type)
+    place.step_there(optimizer)  # the rounding too
     total_steps: int = cfg.train.max_steps or cfg.train.epochs * cast(Batches, batches).steps_per_epoch
     results = RunResults(
         out,

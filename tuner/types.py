@@ -10,6 +10,7 @@ size, V vocabulary size, H query heads, K key/value heads, E size of a head, R r
 from __future__ import annotations
 
 from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired, Protocol, TypedDict, runtime_checkable
@@ -450,6 +451,16 @@ class StepsInBackward(Protocol):
 
     def grad_norm(self) -> Tensor:
         """Norm of the whole gradient of the last backward pass, before clipping."""
+
+
+class OptimizerPlace(Protocol):
+    """Where an optimizer has its parameters when it looks at them, and with them its state."""
+
+    def there(self) -> AbstractContextManager[None]:
+        """In the block the parameters are there, for an optimizer to be made over them."""
+
+    def step_there(self, optimizer: torch.optim.Optimizer) -> None:
+        """Let an optimizer that was made there step and load its state there from now on."""
 
 
 @dataclass

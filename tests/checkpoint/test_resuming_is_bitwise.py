@@ -101,7 +101,7 @@ def fresh_state(
     adapters = {"apply_lora_to_mlp": True, "apply_lora_to_output": False, "use_rslora": False}
     lora = LoRA("lora", 16, 8, 0.3, ["q_proj", "v_proj"], **adapters)
     peft = Full("full") if method == "full" else lora
-    model = build_model(base, peft, PRECISIONS[precision], MemoryTechniques(checkpointing, False, False))
+    model = build_model(base, peft, PRECISIONS[precision], MemoryTechniques(checkpointing, False, False, False))
     generator = torch.Generator().manual_seed(2)
     rows = [torch.randint(0, 61, (length,), generator=generator).tolist() for length in range(4, 17)]
     order = ORDERS[packing]([len(row) for row in rows], seed=5, fingerprint=fingerprint)

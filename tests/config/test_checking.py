@@ -170,6 +170,16 @@ RULE_ROWS = [
         "the products that selective keeps would stay on the GPU",
     ),
     (
+        "state_is_moved_from_a_gpu",
+        ["memory.offload_optimizer=true", "device=cpu"],
+        "memory.offload_optimizer=True device=cpu: the optimizer's state is in the CPU's memory already",
+    ),
+    (
+        "pages_are_moved_already",
+        ["memory.offload_optimizer=true", "optimizer=paged_adamw8bit"],
+        "memory.offload_optimizer=True optimizer._target_=tuner.optimizers.paged_adamw8bit.paged_adamw8bit: a paged",
+    ),
+    (
         "one_backward_pass_a_step",
         ["memory.optimizer_in_bwd=true", "train.clip_grad_norm=null", "train.gradient_accumulation_steps=2"],
         "memory.optimizer_in_bwd=True train.gradient_accumulation_steps=2: each backward pass steps and frees",
@@ -354,6 +364,10 @@ def test_rule(name: str, words: list[str], sentence: str) -> None:
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
+        (
+            ["memory.offload_optimizer=true", "optimizer=custom", "optimizer._target_=bitsandbytes.optim.PagedLion"],
+            "memory.offload_optimizer=True optimizer._target_=bitsandbytes.optim.PagedLion: a paged optimizer moves",
+        ),
         (["precision=amp_bf16", "precision.trainable=bf16"], "precision.trainable=bf16: expected one of auto, fp32"),
         (["precision=amp_fp16", "precision.trainable=bf16"], "precision.trainable=bf16: expected one of auto, fp32"),
         (["precision=bf16_stochastic", "precision.trainable=fp32"], "expected one of auto, bf16"),

@@ -54,6 +54,11 @@ SAID = [
     ("optimizer._component_=torch.optim.Adafactor", "optimizer=adafactor"),
     ("optimizer._component_=bitsandbytes.optim.PagedLion8bit", "optimizer=paged_lion8bit"),
     ("optimizer._component_=torchao.optim.AdamW8bit", "optimizer=adamw8bit"),
+    (
+        "optimizer._component_=torchao.prototype.low_bit_optim.CPUOffloadOptimizer",
+        "optimizer=adamw memory.offload_optimizer=true",
+    ),
+    ("optimizer.offload_gradients=True", "memory.optimizer_in_bwd=true"),
     ("optimizer._component_=torch.optim.RAdam", "optimizer=custom optimizer._target_=torch.optim.RAdam"),
     ("lr_scheduler.num_warmup_steps=100", "schedule.warmup_steps=100"),
     ("metric_logger=torchtune.training.metric_logging.WandBLogger", "logger=wandb"),

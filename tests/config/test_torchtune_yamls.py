@@ -303,6 +303,16 @@ def test_defaults_of_an_optimizer_are_those_of_its_class(target: str) -> None:
     assert said.get("adjust_lr_fn", "original") == "original"  # what the class's null stands for
 
 
+def test_an_offloaded_optimizer_is_adamw_with_its_state_on_the_host() -> None:
+    target = "torchao.prototype.low_bit_optim.CPUOffloadOptimizer"
+    optimizer = {"_component_": target, "lr": 1e-4, "offload_gradients": True, "minimal_size": 1024}
+    composed, _, printed = translated(changed("llama3_2_1B_full", optimizer=optimizer, device="cuda"))
+    assert composed.optimizer._target_ == "tuner.optimizers.adamw.adamw"
+    assert composed.optimizer.lr == 1e-4
+    assert composed.memory.offload_optimizer is composed.memory.optimizer_in_bwd is True
+    assert "CPUOffload" not in printed
+
+
 def test_of_two_keys_that_differ_the_one_that_is_not_taken_is_listed() -> None:
     composed, text, printed = translated(changed("llama2_7B_lora", dataset__max_seq_len=512))
     assert composed.data.max_seq_len == 512

@@ -135,3 +135,30 @@ def test_paged_state_is_told_apart_on_a_gpu_alone() -> None:
     words = ("model=llama", "peft=full", "optimizer=paged_adamw8bit", "model.vocab_size=4096")
     assert alive(words, "h100")["paged_state"] > 0
     assert "paged_state" not in alive(words, "cpu")
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "muon"])
+def test_an_offloaded_optimizer_takes_nothing_of_the_gpu(optimizer: str) -> None:
+    words = ("model=llama", "peft=full", f"optimizer={optimizer}")
+    plain, offloaded = alive(words, "h100"), alive((*words, "memory.offload_optimizer=true"), "h100")
+    assert plain["optimizer_state"] > 0
+    del plain["optimizer_state"]
+    assert offloaded == pytest.approx(plain, abs=4096)  # at the same peak; bitsandbytes' tables of 1 KiB are gone too
+
+
+def test_what_an_optimizer_makes_at_once_is_on_the_host_too() -> None:
+    words = ("model=llama", "peft=full", "memory.offload_optimizer=true")
+    adagrad = ("optimizer=custom", "optimizer._target_=torch.optim.Adagrad")
+    assert alive((*words, *adagrad), "h100") == alive(words, "h100")
+
+
+def test_rounding_is_the_hosts_too() -> None:
+    words = ("model=llama", "peft=full", "memory.offload_optimizer=true")
+    assert alive((*words, "precision=bf16_stochastic"), "h100") == alive((*words, "precision=bf16"), "h100")
+
+
+def test_steps_in_backward_on_the_host_leave_one_gradient() -> None:
+    words = ("model=llama", "peft=full", "memory.offload_optimizer=true", "train.clip_grad_norm=null")
+    found = alive((*words, "memory.optimizer_in_bwd=true"), "h100")
+    assert found.get("optimizer_state", 0) == 0
+    assert found.get("gradients", 0) < 0.3 * found["trainable_weights"]

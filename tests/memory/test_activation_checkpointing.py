@@ -48,7 +48,7 @@ def trained(model: Model) -> dict[str, Tensor]:
 
 def model_with(key: bool | Literal["none", "full"]) -> Model:
     model = Model()
-    MemoryTechniques(key, False, False).apply(model)
+    MemoryTechniques(key, False, False, False).apply(model)
     return model
 
 
@@ -75,4 +75,4 @@ def test_no_layer_is_computed_again_in_evaluation() -> None:
 
 def test_a_model_without_layers_is_refused() -> None:
     with pytest.raises(ModelError, match="Linear has no list of layers"):
-        MemoryTechniques("full", False, False).apply(nn.Linear(2, 2))
+        MemoryTechniques("full", False, False, False).apply(nn.Linear(2, 2))

@@ -60,7 +60,7 @@ def built(method: str, checkpointing: Any, copies: Copies | None) -> Decoder:
     torch.manual_seed(0)
     attention: Sequence[Any] = ["q_proj", "k_proj", "v_proj", "output_proj"]
     peft = Full("full") if method == "full" else LoRA("lora", 4, 8, 0.1, list(attention), True, False, False)
-    memory = MemoryTechniques(checkpointing, False, False)
+    memory = MemoryTechniques(checkpointing, False, False, False)
     model = build_model(base, peft, Precision("fp32", "float32"), memory)
     for name, parameter in model.named_parameters():
         if name.endswith(".B"):
@@ -152,6 +152,6 @@ def test_it_is_refused_on_a_cpu() -> None:
     with pytest.raises(
         ConfigError, match=r"activation_offloading=true: the run is on the CPU, whose memory they would"
     ):
-        MemoryTechniques("none", True, False).require(torch.device("cpu"))
-    MemoryTechniques("none", True, False).require(torch.device("cuda"))
-    MemoryTechniques("none", False, False).require(torch.device("cpu"))
+        MemoryTechniques("none", True, False, False).require(torch.device("cpu"))
+    MemoryTechniques("none", True, False, False).require(torch.device("cuda"))
+    MemoryTechniques("none", False, False, False).require(torch.device("cpu"))

@@ -77,7 +77,7 @@ class Run:
         config = LlamaConfig.from_hugging_face({**SHAPE, "tie_word_embeddings": tied}, None)
         base = load_base(config, torch.float32, torch.device("cpu"), 1, quantization)
         lora = LoRA("lora", 8, 8, 0.0, ["q_proj", "v_proj"], True, False, False)
-        memory = MemoryTechniques(checkpointing, False, in_backward)
+        memory = MemoryTechniques(checkpointing, False, in_backward, False)
         peft = Full("full") if method == "full" else lora
         self.model: Decoder = build_model(base, peft, Precision("fp32", "float32"), memory)
         generator = torch.Generator().manual_seed(2)

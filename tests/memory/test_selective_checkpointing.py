@@ -84,7 +84,7 @@ def built(run: Run, key: Key) -> Decoder:
     modules: list[Any] = ["q_proj", "v_proj"] + (["k_proj", "output_proj"] if run.method == "all" else [])
     lora = LoRA("lora", 4, 8, run.dropout, modules, run.method == "all", False, False)
     peft = Full("full") if run.method == "full" else lora
-    model = build_model(base, peft, Precision("of run", run.dtype), MemoryTechniques(key, False, False))
+    model = build_model(base, peft, Precision("of run", run.dtype), MemoryTechniques(key, False, False, False))
     for name, parameter in model.named_parameters():
         if name.endswith(".B"):
             nn.init.normal_(parameter, std=0.1)
@@ -162,7 +162,7 @@ def test_a_product_that_was_written_into_is_noticed() -> None:
 
     model = nn.Module()
     model.layers = nn.ModuleList([Layer()])
-    MemoryTechniques("selective", False, False).apply(model)
+    MemoryTechniques("selective", False, False, False).apply(model)
     out = model.layers[0](torch.ones(2, requires_grad=True))
     with pytest.raises(RuntimeError, match="was written into"):
         out.sum().backward()

@@ -47,7 +47,7 @@ def base(family: Any = LlamaConfig, dtype: torch.dtype = torch.float32, new: Any
 
 
 def ready(model: Decoder, peft: Any, precision: Precision = FP32) -> Decoder:
-    return build_model(model, peft, precision, MemoryTechniques("none"))
+    return build_model(model, peft, precision, MemoryTechniques("none", False, False, False))
 
 
 def trained(model: nn.Module) -> set[str]:

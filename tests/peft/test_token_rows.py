@@ -48,7 +48,7 @@ def learning(
     dtype = getattr(torch, PRECISIONS[precision].compute)
     base = load_base(config, dtype, CPU, 3, NF4(64, double_quant=True) if nf4 else UNQUANTIZED, new)
     torch.manual_seed(5)
-    model = build_model(base, peft or lora(), PRECISIONS[precision], MemoryTechniques("none", False, False))
+    model = build_model(base, peft or lora(), PRECISIONS[precision], MemoryTechniques("none", False, False, False))
     return model
 
 

@@ -21,6 +21,7 @@ from tuner.estimating.predicting import Predictor
 from tuner.types import MemoryEstimate
 from tuner.verbs import estimate as verb
 from tuner.verbs.batch_size import SHARE, settle_batch_size
+from tuner.verbs.smaller import candidates
 
 SMALL = ("+scale=tiny", "model=llama", "model.num_hidden_layers=3", "data.max_seq_len=192", "train.batch_size=6")
 
@@ -96,6 +97,59 @@ def test_pairs_of_changes_where_none_alone_is_enough(little_memory: int) -> None
         assert total(*words, *change.words) == change.peak_bytes <= little_memory
         halves = [word for word in change.words if not word.startswith("train.gradient_accumulation_steps")]
         assert len(halves) == 2
+
+
+def test_changes_are_in_the_order_of_what_they_cost() -> None:
+    def words(*said: str, device: str = "h100") -> list[str]:
+        cfg = tuner.freeze(tuner.compose([*SMALL, *said]))
+        return [" ".join(change) for change in candidates(cfg, 3, 128, device_named(device))]
+
+    assert words("peft=full") == [
+        "train.batch_size=3 train.gradient_accumulation_steps=2",
+        "memory.activation_checkpointing=full",
+        "optimizer=adamw8bit",
+        "precision=bf16",
+        "memory.offload_optimizer=true",
+        "data.max_seq_len=128",
+        "peft=lora",
+        "peft=qlora",
+    ]
+    offload = "memory.offload_optimizer=true"
+    assert offload not in words("peft=full", device="cpu")
+    assert offload not in words("peft=full", offload)
+    assert offload not in words("peft=lora")  # whose state is small
+    assert offload in words("peft=last_layers")
+
+
+@pytest.mark.slow
+def test_an_offloaded_optimizer_is_advised_where_it_makes_a_run_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ("estimate.device=h100", "peft=full", "train.batch_size=1", "memory.activation_checkpointing=full")
+    words += ("optimizer=muon", "precision=bf16", "data.max_seq_len=64")
+    there = total(*words, "memory.offload_optimizer=true")
+    assert there < total(*words)
+
+    def small(name: str) -> Device:
+        device = device_named(name)
+        return replace(device, memory_bytes=device.reserved_bytes + there)
+
+    monkeypatch.setattr(verb, "device_named", small)
+    first = estimated(*words).changes[0]
+    assert (first.words, first.peak_bytes) == (("memory.offload_optimizer=true",), there)
+
+
+@pytest.mark.slow
+def test_the_command_shows_no_state_of_an_offloaded_optimizer(tmp_path: Path) -> None:
+    words = ["model=llama3_8b", "peft=full", "precision=bf16", "data.max_seq_len=512", "train.batch_size=1"]
+    words += ["estimate.device=a100_40", "memory.offload_optimizer=true", "memory.activation_checkpointing=full"]
+    command = [sys.executable, "-m", "tuner", "estimate", *words]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert [line.split() for line in done.stdout.splitlines() if "optimizer state" in line] == [
+        ["optimizer", "state", "0.0"]
+    ]
+    assert "it fits" in done.stdout
+    refused = subprocess.run([*command, "device=cpu"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert refused.returncode == 2
+    assert "memory.offload_optimizer=True device=cpu: the optimizer's state is in the CPU's memory" in refused.stderr
 
 
 @pytest.mark.slow

@@ -244,6 +244,20 @@ RULES = (
         "stay on the GPU; say memory.activation_checkpointing=full, whose layer inputs are moved, or none",
     ),
     Rule(
+        "state_is_moved_from_a_gpu",
+        ("memory.offload_optimizer", "device"),
+        lambda offloading, device: offloading is True and device == "cpu",
+        "memory.offload_optimizer={0} device={1}: the optimizer's state is in the CPU's memory already, to which it "
+        "would be moved; say memory.offload_optimizer=false",
+    ),
+    Rule(
+        "pages_are_moved_already",
+        ("memory.offload_optimizer", "optimizer._target_"),
+        lambda offloading, target: offloading is True and target.rpartition(".")[2].lower().startswith("paged"),
+        "memory.offload_optimizer={0} optimizer._target_={1}: a paged optimizer moves its state to the host itself, "
+        "when the GPU runs short; say optimizer=adamw, or memory.offload_optimizer=false",
+    ),
+    Rule(
         "one_backward_pass_a_step",
         ("memory.optimizer_in_bwd", "train.gradient_accumulation_steps"),
         lambda in_backward, passes: in_backward is True and passes > 1,

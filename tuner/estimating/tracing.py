@@ -52,7 +52,9 @@ def trace(plan: Plan, device: Device) -> Peaks:
             for kind, tensor in weights_by_kind(model):
                 count.mark([tensor], kind)
             state = State(model, optimizer_of(model, plan, device), FakeBatches.of(plan))
-            if plan.precision.stochastic_rounding:
+            if plan.memory.offload_optimizer:
+                leave_to_host(state.optimizer)
+            elif plan.precision.stochastic_rounding:
                 round_updates(state, 0, device.kind)
             in_backward = plan.memory.steps_in_backward(state.optimizer, None)
             make_optimizer_state(state.optimizer, device, count, one_by_one=in_backward is not None)
@@ -77,6 +79,12 @@ def optimizer_of(model: Decoder, plan: Plan, device: Device) -> torch.optim.Opti
     if device.kind == "cuda":
         of_gpu(optimizer)
     return optimizer
+
+
+def leave_to_host(optimizer: torch.optim.Optimizer) -> None:
+    """Let steps take nothing of the device: state, temporaries and rounding are the host's."""
+    optimizer.state.clear()  # what some make at once
+    optimizer.step = lambda: None  # type: ignore[method-assign, assignment]
 
 
 def make_optimizer_state(

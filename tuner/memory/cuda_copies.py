@@ -50,3 +50,36 @@ class CudaCopies:
         back, copied = begun
         torch.cuda.current_stream(self._device).wait_event(copied)
         return back
+
+
+class CudaLink:
+    """A `Link`: gradients leave on one stream while parameters come back on another, beside the CPU's arithmetic.
+
+    Args:
+        device: a CUDA device.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._leaving, self._returning = (torch.cuda.Stream(device) for _ in range(2))  # type: ignore[no-untyped-call]
+
+    def like(self, device_tensor: Tensor) -> Tensor:
+        return torch.empty_like(device_tensor, device="cpu", pin_memory=True)
+
+    def begin_out(self, device_tensor: Tensor, host_tensor: Tensor) -> torch.cuda.Event:
+        self._leaving.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._leaving):
+            host_tensor.copy_(device_tensor, non_blocking=True)
+        copied: torch.cuda.Event = self._leaving.record_event()
+        return copied
+
+    def end_out(self, begun: torch.cuda.Event) -> None:
+        begun.synchronize()  # CPU-GPU sync point: the CPU is to read it
+
+    def begin_back(self, host_tensor: Tensor, device_tensor: Tensor) -> None:
+        self._returning.wait_stream(torch.cuda.current_stream(self._device))  # which may still read the old values
+        with torch.cuda.stream(self._returning):
+            device_tensor.copy_(host_tensor, non_blocking=True)
+
+    def end_back(self) -> None:
+        torch.cuda.current_stream(self._device).wait_stream(self._returning)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial, wraps
 from typing import Any, Literal
@@ -13,8 +13,9 @@ from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from tuner.errors import ConfigError, ModelError
 from tuner.keeping import kernel
-from tuner.memory.cuda_copies import CudaCopies
+from tuner.memory.cuda_copies import CudaCopies, CudaLink
 from tuner.memory.in_backward import InBackward
+from tuner.memory.offloaded_optimizer import Here, OnHost
 from tuner.memory.offloading import offload
 from tuner.memory.selective import passes
 
@@ -32,6 +33,7 @@ class MemoryTechniques:
         activation_offloading: keep what backward needs, parameters apart, in pinned memory of the host.
         optimizer_in_bwd: step each parameter in backward and free its gradient, so that there is one gradient at a
             time.
+        offload_optimizer: step copies of the parameters on the host, where the optimizer's state then is.
     """
 
     def __init__(
@@ -39,24 +41,35 @@ class MemoryTechniques:
         activation_checkpointing: bool | Literal["none", "selective", "full"],
         activation_offloading: bool,
         optimizer_in_bwd: bool,
+        offload_optimizer: bool,
     ) -> None:
         if isinstance(activation_checkpointing, bool):
             activation_checkpointing = "full" if activation_checkpointing else "none"
         self.activation_checkpointing = activation_checkpointing
         self.activation_offloading = activation_offloading
         self.optimizer_in_bwd = optimizer_in_bwd
+        self.offload_optimizer = offload_optimizer
 
     def require(self, device: torch.device) -> None:
         """Refuse what makes no sense on `device`.
 
         Raises:
-            ConfigError: activations are to be moved to the memory where they are.
+            ConfigError: activations or the optimizer's state are to be moved to the memory where they are.
         """
         if self.activation_offloading and device.type == "cpu":
             raise ConfigError(
                 "memory.activation_offloading=true: the run is on the CPU, whose memory they would be moved to; say "
                 "memory.activation_offloading=false; memory.activation_checkpointing=full takes less memory here too"
             )
+        if self.offload_optimizer and device.type == "cpu":
+            raise ConfigError(
+                "memory.offload_optimizer=true: the run is on the CPU, whose memory the optimizer's state would be "
+                "moved to; say memory.offload_optimizer=false; optimizer=adamw8bit takes less memory here too"
+            )
+
+    def place_of_optimizer(self, parameters: Sequence[nn.Parameter]) -> Here | OnHost:
+        """Where the optimizer of `parameters`, which are on the device of the run, is made and steps."""
+        return OnHost(parameters, CudaLink(parameters[0].device)) if self.offload_optimizer else Here()
 
     def steps_in_backward(self, optimizer: torch.optim.Optimizer, clip_each: float | None) -> InBackward | None:
         """What steps `optimizer` in backward from now on; None where it is not asked for.

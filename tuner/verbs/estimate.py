@@ -8,7 +8,7 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from tuner.build import build_optimizer, device_of
+from tuner.build import MemoryTechniques, build_optimizer, device_of
 from tuner.config import check, freeze
 from tuner.estimating.counting import PAGED
 from tuner.estimating.devices import CPU, Device, deterministic, device_named, of_machine
@@ -128,18 +128,20 @@ def plan_of(cfg: DictConfig, device: Device) -> Plan:
     """What of a frozen configuration decides how much memory a step takes on a device.
 
     Raises:
-        TunerError: the shape of the model is not known, or its parts do not fit together.
+        TunerError: the shape of the model is not known, its parts do not fit together, or a run would be refused there.
     """
     model = stated(instantiate(cfg.model))
     packs = cfg.data.packing == "pack"
     precision: Precision = instantiate(cfg.precision)
+    memory: MemoryTechniques = instantiate(cfg.memory, activation_offloading=False)  # as if they stayed: an upper bound
+    memory.require(torch.device(device.kind))
     return Plan(
         model=model,
         new_tokens=rows_brought(Path(cfg.adapter), model) if cfg.adapter else expected_tokens(model),
         quantization=instantiate(cfg.quantization),
         peft=instantiate(cfg.peft),
         precision=precision if precision.compute in device.dtypes else in_fp32(precision),
-        memory=instantiate(cfg.memory, activation_offloading=False),  # counted as if they stayed: an upper bound
+        memory=memory,
         make_optimizer=lambda model: build_optimizer(cfg.optimizer, trained(model), cfg.trust_targets),
         rows=1 if cfg.train.batch_size == AUTO else cfg.train.batch_size,
         tokens=cfg.data.pack_len if packs and cfg.data.pack_len else cfg.data.max_seq_len,

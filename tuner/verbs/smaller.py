@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from tuner.config import compose
 from tuner.config.composition import check, plain
+from tuner.config.rules import WHOLE_WEIGHTS
 from tuner.errors import ConfigError
 from tuner.estimating.devices import Device
 from tuner.types import Change
@@ -49,8 +50,8 @@ def changes_that_fit(
 def candidates(
     cfg: DictConfig, largest_batch: int | None, longest_sequence: int | None, device: Device
 ) -> Iterator[Words]:
-    """Changes in the order of what they cost: nothing but time; precision of the optimizer or of numbers; what the run
-    learns."""
+    """Changes in the order of what they cost: nothing but time; precision of the optimizer or of numbers; much time;
+    what the run learns."""
     if smaller := smaller_batch(cfg, largest_batch):
         yield smaller
     if cfg.memory.activation_checkpointing in ("none", False):
@@ -59,6 +60,8 @@ def candidates(
         yield ("optimizer=adamw8bit",)
     if cfg.precision._target_.endswith(".fp32") and "bfloat16" in device.dtypes:
         yield ("precision=bf16",)
+    if cfg.peft.name in WHOLE_WEIGHTS and not cfg.memory.offload_optimizer and device.kind == "cuda":
+        yield ("memory.offload_optimizer=true",)
     if longest_sequence is not None:
         yield (f"data.max_seq_len={longest_sequence}",)
     method = cfg.peft.name

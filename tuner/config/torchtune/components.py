@@ -56,6 +56,9 @@ NOTES = {
 }
 """What is not the very same."""
 
+OFFLOADED = ("torchao.optim.CPUOffloadOptimizer", "torchao.prototype.low_bit_optim.CPUOffloadOptimizer")
+"""An optimizer around another one, which is AdamW where nothing is said."""
+
 LOGGERS = {"WandBLogger": "wandb", "TensorBoardLogger": "tensorboard", "MLFlowLogger": "mlflow"}
 FILES_ONLY = ("DiskLogger", "StdoutLogger")
 CROSS_ENTROPIES = ("CEWithChunkedOutputLoss", "LinearCrossEntropyLoss", "CrossEntropyLoss")
@@ -92,12 +95,23 @@ def optimizer(value: Any) -> Answer:
     target = str(value)
     if target in OPTIMIZERS:
         return Answer((("optimizer", OPTIMIZERS[target]),), NOTES.get(target, ""))
+    if target in OFFLOADED:
+        note = "AdamW, as there; any other optimizer can be offloaded too"
+        return Answer((("optimizer", "adamw"), ("memory.offload_optimizer", True)), note)
     words: tuple[tuple[str, Any], ...] = (("optimizer", "custom"), ("optimizer._target_", target))
     module = target.rpartition(".")[0]
     if module not in ("torch.optim", "bitsandbytes.optim"):
         words += (("trust_targets", [target.partition(".")[0]]),)
         return Answer(words, "its package has to be installed, and one that steps one optimizer over all weights")
     return Answer(words)
+
+
+def offload_gradients(value: Any) -> Answer:
+    """An argument of the classes in `OFFLOADED`."""
+    if value is True:
+        note = "each gradient leaves in backward, where its parameter is then stepped"
+        return Answer((("memory.optimizer_in_bwd", True),), note)
+    return Answer(note="gradients are on the GPU until the step, here too")
 
 
 def dataset(value: Any) -> Answer:

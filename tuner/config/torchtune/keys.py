@@ -186,6 +186,8 @@ KEYS: Mapping[str, Reading] = {
     "optimizer.momentum": same("optimizer.momentum"),
     "optimizer.nesterov": same("optimizer.nesterov"),
     "optimizer.fused": same("optimizer.fused"),
+    "optimizer.offload_gradients": components.offload_gradients,
+    "optimizer.minimal_size": holds("of torchao's offloading: here small parameters are stepped on the host too"),
     "lr_scheduler._component_": components.schedule,
     "lr_scheduler.num_warmup_steps": same("schedule.warmup_steps"),
     "lr_scheduler.num_cycles": only((0.5, None), "half a cosine", "the cosine is half a wave"),
