@@ -166,7 +166,8 @@ def compute_in(model: Decoder, precision: Precision) -> None:
     model.compute_in(dtype)
     for module in model.modules():
         if isinstance(module, FrozenLinear):
-            cast(nn.Module, module).to(dtype)  # made dense in it; what is packed stays as it is
+            if module.compute_dtype != dtype:
+                cast(nn.Module, module).to(dtype)  # made dense in it; what is packed stays as it is
         elif type(module) is nn.Linear:  # put in place of a packed one, because an adapter brings it whole
             module.__class__ = Linear
 

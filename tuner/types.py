@@ -294,6 +294,7 @@ class FrozenLinear(Protocol):
     in_features: int
     out_features: int
     bias: Tensor | None
+    compute_dtype: torch.dtype
 
     def dense_weight(self) -> Tensor:
         """The weight [out_features, in_features] in the compute dtype, made anew at each call."""

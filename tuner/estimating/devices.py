@@ -38,9 +38,9 @@ class Device:
 
 
 def _gpu(memory_bytes: float, capability: int) -> Device:
-    """A GPU: bfloat16 from compute capability 8 on; PyTorch's allocator rounds to 512 bytes, and its choice for
+    """A GPU: float16, and bfloat16 from compute capability 8 on; PyTorch's allocator rounds to 512 bytes, and its choice for
     cuBLAS is 32 MiB from capability 9 on and 8.1 MiB before."""
-    dtypes = ("float32", "bfloat16") if capability >= 8 else ("float32",)
+    dtypes = ("float32", "float16", "bfloat16") if capability >= 8 else ("float32", "float16")
     workspace = 32 * MIB if capability >= 9 else 8 * MIB + 128 * 1024
     return Device("cuda", int(memory_bytes), dtypes, 512, workspace, 600 * MIB)
 
@@ -59,7 +59,7 @@ def devices() -> dict[str, Device]:
         "rtx4090": _gpu(23.5 * GIB, 8),
         "rtx3090": _gpu(23.7 * GIB, 8),
         "t4": _gpu(14.6 * GIB, 7),
-        CPU: Device("cpu", memory, ("float32", "bfloat16"), 1, 0, 450 * MIB),
+        CPU: Device("cpu", memory, ("float32", "float16", "bfloat16"), 1, 0, 450 * MIB),
     }
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tuner.build import MemoryTechniques, build_model
+from tuner.build import MemoryTechniques, build_model, compute_in
 from tuner.models.config import ModelConfig
 from tuner.models.decoder import Decoder
 from tuner.models.new_rows import add_rows
@@ -63,12 +63,13 @@ def _with_depth(model: ModelConfig, depth: int) -> ModelConfig:
 def adapted(plan: Plan) -> Decoder:
     """The model on the meta device, quantized and adapted as `load_base` and `build_model` do."""
     with torch.device("meta"):
-        model = plan.model.build().to(getattr(torch, plan.precision.compute))
+        model = plan.model.build().to(getattr(torch, plan.precision.held))
         plan.quantization.quantize(model)
         model.tie()
         add_rows(model, plan.new_tokens)
         model.requires_grad_(False)
         plan.peft.adapt(model)
+        compute_in(model, plan.precision)  # here, because a module on fake tensors cannot change its dtype
     return model
 
 

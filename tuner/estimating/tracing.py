@@ -66,7 +66,8 @@ def trace(plan: Plan, device: Device) -> Peaks:
 
 
 def optimizer_with_state(model: Decoder, plan: Plan, device: Device, count: MemoryCount) -> torch.optim.Optimizer:
-    """The optimizer after a first step, which makes its state."""
+    """The optimizer after a first step, which makes its state: of all parameters together or, where backward steps them,
+    of one after the other, so that there never are all gradients."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of paged optimizers, that these tensors are on a CPU
@@ -74,10 +75,11 @@ def optimizer_with_state(model: Decoder, plan: Plan, device: Device, count: Memo
     if device.kind == "cuda":
         of_gpu(optimizer)
     with count.within(("first step",)):
-        for parameter in trained:
-            parameter.grad = torch.empty_like(parameter)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for stepped in [[each] for each in trained] if plan.memory.optimizer_in_bwd else [trained]:
+            for parameter in stepped:
+                parameter.grad = torch.empty_like(parameter)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
     count.mark_alive("optimizer_state", lambda region: region == ("first step",))
     if device.kind == "cuda":
         count.mark(pageable(optimizer), PAGED)
