@@ -37,7 +37,13 @@ UNQUANTIZED = NoQuantization()
 
 
 class MemoryTechniques(Protocol):
-    """A member of the `memory` group."""
+    """A member of the `memory` group.
+
+    Attributes:
+        optimizer_in_bwd: whether there is a `steps_in_backward`.
+    """
+
+    optimizer_in_bwd: bool
 
     def require(self, device: torch.device) -> None: ...
 

@@ -66,8 +66,10 @@ def trace(plan: Plan, device: Device) -> Peaks:
 
 
 def optimizer_with_state(model: Decoder, plan: Plan, device: Device, count: MemoryCount) -> torch.optim.Optimizer:
-    """The optimizer after a first step, which makes its state: of all parameters together or, where backward steps them,
-    of one after the other, so that there never are all gradients."""
+    """The optimizer after a first step, which makes its state.
+
+    Where backward steps the parameters it is one after the other, so that there never are all gradients.
+    """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of paged optimizers, that these tensors are on a CPU
