@@ -64,6 +64,32 @@ LARGER = (
 )
 """Of 30 layers, which follow from one and two; random weights of that shape."""
 
+TECHNIQUES = (
+    ("precision=amp_bf16", "peft=full"),
+    ("precision=amp_bf16", "peft=lora"),
+    ("precision=amp_bf16", "peft=qlora", "memory=low"),
+    ("precision=amp_fp16", "peft=full", "precision.initial_loss_scale=1"),
+    ("precision=bf16_stochastic", "peft=full"),
+    ("precision=bf16_stochastic", "peft=full", "optimizer=adamw8bit"),
+    ("precision=bf16_stochastic", "peft=lora", "precision.trainable=bf16"),
+    ("peft=full", "memory.optimizer_in_bwd=true", "train.clip_grad_norm=null"),
+    ("peft=full", "memory=low", "memory.optimizer_in_bwd=true", "train.clip_grad_norm=null", "precision=bf16"),
+    ("peft=lora", "memory.activation_checkpointing=selective"),
+    ("peft=full", "memory.activation_checkpointing=selective", "precision=bf16"),
+    ("peft=dora", "precision=bf16"),
+    ("peft=dora", "quantization=fp4"),
+    ("peft=pissa", "quantization=nf4"),
+    ("peft=ia3", "quantization=int8", "precision=bf16"),
+    ("peft=layernorm",),
+    ("peft=last_layers", "peft.num_layers=2"),
+    ("peft=full", "optimizer=adafactor"),
+    ("peft=full", "optimizer=muon"),
+    ("peft=full", "optimizer=lion8bit"),
+    ("peft=full", "optimizer=ademamix8bit"),
+    ("peft=lora", "optimizer.no_decay=[norms,biases]", "optimizer.loraplus_lr_ratio=16"),
+)
+"""Beside the words of `cells`, on a Llama."""
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -104,7 +130,7 @@ def cells() -> list[Cell]:
         choices = (f"model={family}", f"peft={method}", f"precision={precision}", f"optimizer={optimizer}")
         batch = BATCHES[index % len(BATCHES)]
         found.append(Cell((*choices, f"memory.activation_checkpointing={kept}", *batch, *SHAPE)))
-    return found
+    return found + [Cell(("model=llama", *words, *BATCHES[0], *SHAPE)) for words in TECHNIQUES]
 
 
 def outcome(cell: Cell, device_type: str) -> Outcome:
@@ -142,7 +168,7 @@ def run_of(plan: Plan, device: torch.device, total_steps: int) -> tuple[State, I
     optimizer = plan.make_optimizer(model)
     state = State(model, optimizer, FullBatches(plan), loss_scale=loss_scale_of(precision))
     if precision.stochastic_rounding:
-        round_updates(state, 0)
+        round_updates(state, 0, model.device_type)
     steps = training_steps(
         state,
         Constant(),

@@ -37,13 +37,7 @@ UNQUANTIZED = NoQuantization()
 
 
 class MemoryTechniques(Protocol):
-    """A member of the `memory` group.
-
-    Attributes:
-        optimizer_in_bwd: whether there is a `steps_in_backward`.
-    """
-
-    optimizer_in_bwd: bool
+    """A member of the `memory` group."""
 
     def require(self, device: torch.device) -> None: ...
 
@@ -172,8 +166,7 @@ def compute_in(model: Decoder, precision: Precision) -> None:
     model.compute_in(dtype)
     for module in model.modules():
         if isinstance(module, FrozenLinear):
-            if module.compute_dtype != dtype:
-                cast(nn.Module, module).to(dtype)  # made dense in it; what is packed stays as it is
+            module.compute_in(dtype)
         elif type(module) is nn.Linear:  # put in place of a packed one, because an adapter brings it whole
             module.__class__ = Linear
 

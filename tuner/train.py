@@ -190,7 +190,7 @@ def prepare(cfg: DictConfig, out: Path) -> Parts:
     logger: Logger = instantiate(cfg.logger)
     state = State(model, optimizer, batches, loss_scale=loss_scale_of(precision))
     if precision.stochastic_rounding:
-        round_updates(state, cfg.seed)
+        round_updates(state, cfg.seed, model.device_type)
     total_steps: int = cfg.train.max_steps or cfg.train.epochs * cast(Batches, batches).steps_per_epoch
     results = RunResults(
         out,

@@ -294,10 +294,12 @@ class FrozenLinear(Protocol):
     in_features: int
     out_features: int
     bias: Tensor | None
-    compute_dtype: torch.dtype
 
     def dense_weight(self) -> Tensor:
         """The weight [out_features, in_features] in the compute dtype, made anew at each call."""
+
+    def compute_in(self, dtype: torch.dtype) -> None:
+        """Make the weight dense in `dtype` from now on."""
 
 
 @dataclass(frozen=True)

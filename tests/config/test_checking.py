@@ -150,6 +150,11 @@ RULE_ROWS = [
         "precision=bf16_stochastic peft=lora: precision.trainable=auto keeps adapters in fp32, so there is no update",
     ),
     (
+        "numbers_around_one_are_in_fp32",
+        ["peft=ia3", "precision.trainable=bf16"],
+        "precision.trainable=bf16 peft=ia3: what trains begins at about 1, where bf16 has no number nearer than 1/256",
+    ),
+    (
         "compiled_layers_choose_themselves",
         ["memory.activation_checkpointing=selective", "train.compile=true"],
         "torch.compile itself chooses what a layer keeps",
@@ -198,6 +203,11 @@ RULE_ROWS = [
         "loraplus_needs_adapters",
         ["peft=full", "optimizer.loraplus_lr_ratio=16"],
         "optimizer.loraplus_lr_ratio=16 peft=full: LoRA+ gives the matrices B of adapters another learning rate",
+    ),
+    (
+        "muon_needs_matrices",
+        ["peft=layernorm", "optimizer=muon"],
+        "optimizer=muon peft=layernorm: Muon steps matrices of blocks and adapters, and none trains",
     ),
     ("warmup_within_run", ["schedule.warmup_steps=61"], "61: longer than the run, train.max_steps=60"),
     ("steps_or_epochs", ["train.epochs=3"], "say train.max_steps=null train.epochs=N, or"),

@@ -30,16 +30,6 @@ def benchmark() -> Any:
 CELLS = {cell.title: cell for cell in benchmark().cells()}
 FAST = [title for title in CELLS if title.startswith(("llama lora fp32 adamw", "qwen2 qlora bf16 adamw8bit"))]
 
-SMALL = ("model=llama", "+scale=tiny", "train.batch_size=1", "data.max_seq_len=64", "logger=none")
-BEYOND = (
-    ("peft=full", "precision=bf16", "memory.optimizer_in_bwd=true", "train.clip_grad_norm=null"),
-    ("peft=full", "precision=fp32", "memory=low", "memory.optimizer_in_bwd=true", "train.clip_grad_norm=null"),
-    ("peft=lora", "precision=amp_bf16"),
-    ("peft=full", "precision=amp_fp16", "train.batch_size=4"),
-    ("peft=qlora", "precision=amp_fp16", "memory.activation_checkpointing=selective"),
-)
-"""Choices that the cells leave out."""
-
 
 def test_every_choice_is_among_the_cells() -> None:
     words = {word for cell in CELLS.values() for word in cell.words}
@@ -55,14 +45,6 @@ def test_predicted_is_measured(title: str) -> None:
     one = benchmark().outcome(CELLS[title], "cpu")
     assert abs(one.error) < SEEN
     assert abs(one.error_of_step) < 2 * SEEN
-
-
-@pytest.mark.parametrize("words", [BEYOND[0], *(pytest.param(each, marks=pytest.mark.slow) for each in BEYOND[1:])])
-def test_predicted_is_measured_beyond_the_cells(words: tuple[str, ...]) -> None:
-    keys = {word.partition("=")[0] for word in words}
-    module = benchmark()
-    cell = module.Cell((*(word for word in SMALL if word.partition("=")[0] not in keys), *words))
-    assert abs(module.outcome(cell, "cpu").error) < SEEN
 
 
 @pytest.mark.slow

@@ -35,7 +35,10 @@ class Rule:
 WHOLE_WEIGHTS = ("full", "last_layers")
 """Methods that train weights of the model and leave a model."""
 
-WITHOUT_B = (*WHOLE_WEIGHTS, "ia3", "layernorm")
+WITHOUT_MATRICES = ("ia3", "layernorm")
+"""Methods that train vectors which begin at about 1."""
+
+WITHOUT_B = (*WHOLE_WEIGHTS, *WITHOUT_MATRICES)
 """Methods without the matrices A and B."""
 
 CHAT_TEMPLATES = get_args(ChatTemplateName)
@@ -124,7 +127,7 @@ RULES = (
     Rule(
         "rows_of_new_tokens_have_a_place",
         ("peft", "model.add_tokens"),
-        lambda peft, tokens: peft in ("ia3", "layernorm") and bool(tokens),
+        lambda peft, tokens: peft in WITHOUT_MATRICES and bool(tokens),
         "peft={0} model.add_tokens={1}: an adapter of this kind has no place for rows of tokens; say "
         "peft=lora, dora, last_layers or full",
     ),
@@ -211,6 +214,15 @@ RULES = (
         "round; say precision=bf16, which is the same, or precision.trainable=bf16 for adapters in bf16, or peft=full",
     ),
     Rule(
+        "numbers_around_one_are_in_fp32",
+        ("peft", "precision", "precision.trainable"),
+        lambda peft, precision, trainable: (
+            peft in WITHOUT_MATRICES and trainable == "bf16" and precision != "bf16_stochastic"
+        ),
+        "precision.trainable={2} peft={0}: what trains begins at about 1, where bf16 has no number nearer than 1/256, "
+        "and most updates are smaller; say precision.trainable=auto, or precision=bf16_stochastic",
+    ),
+    Rule(
         "compiled_layers_choose_themselves",
         ("memory.activation_checkpointing", "train.compile"),
         lambda checkpointing, compiled: checkpointing == "selective" and compiled is True,
@@ -280,6 +292,12 @@ RULES = (
         lambda ratio, peft: ratio is not None and peft in WITHOUT_B,
         "optimizer.loraplus_lr_ratio={0} peft={1}: LoRA+ gives the matrices B of adapters another learning rate, and "
         "there are none; say peft=lora, or optimizer.loraplus_lr_ratio=null",
+    ),
+    Rule(
+        "muon_needs_matrices",
+        ("optimizer", "peft"),
+        lambda optimizer, peft: optimizer == "muon" and peft in WITHOUT_MATRICES,
+        "optimizer=muon peft={1}: Muon steps matrices of blocks and adapters, and none trains; say optimizer=adamw",
     ),
     Rule(
         "warmup_within_run",

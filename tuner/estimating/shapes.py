@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tuner.build import MemoryTechniques, build_model, compute_in
+from tuner.build import MemoryTechniques, build_model
 from tuner.models.config import ModelConfig
 from tuner.models.decoder import Decoder
 from tuner.models.new_rows import add_rows
@@ -33,6 +33,7 @@ class Plan:
         accumulates: whether a step has several batches.
         may_be_cut: a model of fewer layers can be built the same way; not where an adapter in a folder names them.
         clip_grad_norm: as for `training_steps`.
+        last_apart: as many of the last layers are not like the others.
     """
 
     model: ModelConfig
@@ -48,6 +49,7 @@ class Plan:
     accumulates: bool
     may_be_cut: bool
     clip_grad_norm: float | None
+    last_apart: int = 0
 
     def of(self, *, depth: int | None = None, rows: int | None = None, tokens: int | None = None) -> Plan:
         """The same with fewer layers, or other batches."""
@@ -69,7 +71,6 @@ def adapted(plan: Plan) -> Decoder:
         add_rows(model, plan.new_tokens)
         model.requires_grad_(False)
         plan.peft.adapt(model)
-        compute_in(model, plan.precision)  # here, because a module on fake tensors cannot change its dtype
     return model
 
 

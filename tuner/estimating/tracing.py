@@ -19,6 +19,7 @@ from tuner.estimating.worst_case import WorstCase
 from tuner.loop import training_steps
 from tuner.models.decoder import Decoder
 from tuner.optimizers.paging import pageable
+from tuner.precision.stochastic_rounding import round_updates
 from tuner.types import State
 
 Peaks = dict[Region, dict[str, int]]
@@ -50,42 +51,48 @@ def trace(plan: Plan, device: Device) -> Peaks:
             ready(model, plan, device.kind)
             for kind, tensor in weights_by_kind(model):
                 count.mark([tensor], kind)
-            optimizer = optimizer_with_state(model, plan, device, count)
-            state = State(model, optimizer, FakeBatches.of(plan))
+            state = State(model, optimizer_of(model, plan, device), FakeBatches.of(plan))
+            if plan.precision.stochastic_rounding:
+                round_updates(state, 0, device.kind)
+            in_backward = plan.memory.steps_in_backward(state.optimizer, None)
+            make_optimizer_state(state.optimizer, device, count, one_by_one=in_backward is not None)
             steps = training_steps(
                 state,
                 Constant(),
                 total_steps=1,
                 clip_grad_norm=plan.clip_grad_norm,
                 device=torch.device("cpu"),
-                in_backward=plan.memory.steps_in_backward(optimizer, None),
+                in_backward=in_backward,
             )
             with Phases(count, model):
                 next(steps)
             return count.peaks(lambda region: PASSING.get(region[0], "temporary"))
 
 
-def optimizer_with_state(model: Decoder, plan: Plan, device: Device, count: MemoryCount) -> torch.optim.Optimizer:
-    """The optimizer after a first step, which makes its state.
-
-    Where backward steps the parameters it is one after the other, so that there never are all gradients.
-    """
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+def optimizer_of(model: Decoder, plan: Plan, device: Device) -> torch.optim.Optimizer:
+    """The optimizer in the form that it has on `device`."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of paged optimizers, that these tensors are on a CPU
         optimizer = plan.make_optimizer(model)
     if device.kind == "cuda":
         of_gpu(optimizer)
+    return optimizer
+
+
+def make_optimizer_state(
+    optimizer: torch.optim.Optimizer, device: Device, count: MemoryCount, *, one_by_one: bool
+) -> None:
+    """A first step, which makes the state; `one_by_one` as parameters are stepped in backward."""
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     with count.within(("first step",)):
-        for stepped in [[each] for each in trained] if plan.memory.optimizer_in_bwd else [trained]:
-            for parameter in stepped:
+        for together in [[each] for each in trained] if one_by_one else [trained]:
+            for parameter in together:
                 parameter.grad = torch.empty_like(parameter)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
     count.mark_alive("optimizer_state", lambda region: region == ("first step",))
     if device.kind == "cuda":
         count.mark(pageable(optimizer), PAGED)
-    return optimizer
 
 
 def of_gpu(optimizer: torch.optim.Optimizer) -> None:

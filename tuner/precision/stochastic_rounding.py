@@ -23,21 +23,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tuner.types import State
+from tuner.types import DeviceType, State
 
-CHUNK = {"cpu": 2**18, "cuda": 2**24}
+CHUNK: dict[DeviceType, int] = {"cpu": 2**18, "cuda": 2**24}
 """Numbers rounded at a time: 1 MiB, which stays in the cache of a CPU, and what keeps a GPU busy. It changes no bit."""
 
 LOW = 0xFFFF
 """The bits of a float32 that a bfloat16 does not have."""
 
 
-def round_updates(state: State, seed: int) -> None:
+def round_updates(state: State, seed: int, device_type: DeviceType = "cpu") -> None:
     """Let `state.optimizer` round stochastically what it makes of its parameters, and load its state for them exactly.
 
     Args:
         state: its `step` decides with the seed what is drawn; all that trains is in bfloat16.
         seed: of the run.
+        device_type: whose chunks it works in.
     """
     optimizer = state.optimizer
     plain_step, plain_load = optimizer.step, optimizer.load_state_dict
@@ -48,7 +49,7 @@ def round_updates(state: State, seed: int) -> None:
         optimizer.zero_grad(set_to_none=True)  # an optimizer steps what has a gradient
         for index, (parameter, gradient) in enumerate(zip(parameters, gradients, strict=True)):
             if gradient is not None:
-                with _exact_copy(parameter, key_of(seed, state.step, index)):
+                with _exact_copy(parameter, key_of(seed, state.step, index), CHUNK[device_type]):
                     parameter.grad = gradient.float()
                     plain_step()
                     parameter.grad = None
@@ -61,7 +62,7 @@ def round_updates(state: State, seed: int) -> None:
     optimizer.load_state_dict = load_state_dict  # type: ignore[method-assign, assignment]
 
 
-def round_stochastically(exact: Tensor, key: int, out: Tensor) -> None:
+def round_stochastically(exact: Tensor, key: int, out: Tensor, chunk: int = CHUNK["cpu"]) -> None:
     """Round float32 to one of its two bfloat16 neighbours, the nearer one the likelier, so that the mean is exact.
 
     Adding a random 16-bit number to the bits and cutting the lower 16 off carries with just that probability: a step of
@@ -72,15 +73,15 @@ def round_stochastically(exact: Tensor, key: int, out: Tensor) -> None:
         exact: float32, contiguous; overwritten.
         key: 64 bits that decide what is drawn.
         out: bfloat16, contiguous, of the same shape.
+        chunk: numbers rounded at a time, a multiple of 4.
     """
     values, rounded = exact.view(-1), out.view(-1)
-    size = CHUNK[exact.device.type]
-    for start in range(0, values.numel(), size):
-        part = values[start : start + size]
+    for start in range(0, values.numel(), chunk):
+        part = values[start : start + chunk]
         is_nan = part.isnan()
         bits = part.view(torch.int32)
         bits.add_(random_bits(start, part.numel(), key, exact.device)).bitwise_and_(~LOW)
-        rounded[start : start + size] = part.masked_fill_(is_nan, torch.nan)
+        rounded[start : start + chunk] = part.masked_fill_(is_nan, torch.nan)
 
 
 def random_bits(start: int, count: int, key: int, device: torch.device) -> Tensor:
@@ -117,12 +118,12 @@ def key_of(seed: int, step: int, parameter: int) -> int:
 
 
 @contextmanager
-def _exact_copy(parameter: nn.Parameter, key: int) -> Iterator[None]:
+def _exact_copy(parameter: nn.Parameter, key: int, chunk: int) -> Iterator[None]:
     """In the block the parameter is a float32 copy of itself, which is then rounded into its own place."""
     own = parameter.data
     parameter.data = own.float()
     yield
-    round_stochastically(parameter.data, key, own)
+    round_stochastically(parameter.data, key, own, chunk)
     parameter.data = own
 
 

@@ -78,6 +78,12 @@ class PackedLinear(nn.Module):
         """The weight [out_features, in_features] in the compute dtype, made anew at each call."""
         raise NotImplementedError
 
+    def compute_in(self, dtype: torch.dtype) -> None:
+        """Make the weight dense in `dtype` from now on; the bias is cast, what is packed stays as it is."""
+        self.compute_dtype = dtype
+        if self.bias is not None:
+            self.bias.data = self.bias.data.to(dtype)
+
     def forward(self, x: Tensor) -> Tensor:
         return cast(Tensor, _LinearWithFrozenWeight.apply(x, self))  # type: ignore[no-untyped-call]
 
