@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from tuner.estimating.shapes import Plan
-    from tuner.types import Batch
+    from tuner.loop import Step
+    from tuner.types import Batch, State
 
 MIB = 2**20
 SHAPE = ("+scale=tiny", "model.vocab_size=4096", "logger=none")
@@ -150,8 +151,8 @@ def outcome(cell: Cell, device_type: str) -> Outcome:
     return Outcome(cell, Predictor(plan, known).peak().total, measured, before)
 
 
-def measure(plan: Plan, device: torch.device) -> tuple[int, int]:
-    """Bytes before the second step and at its peak, both counted by what PyTorch really allocated."""
+def run_of(plan: Plan, device: torch.device, total_steps: int) -> tuple[State, Iterator[Step]]:
+    """A real run of a plan, on random tokens: its state, and its steps, one each time it is asked."""
     import torch
 
     from tuner.build import build_model, load_base
@@ -160,23 +161,37 @@ def measure(plan: Plan, device: torch.device) -> tuple[int, int]:
     from tuner.train import loss_scale_of
     from tuner.types import State
 
-    held = getattr(torch, plan.precision.held)
+    precision = plan.precision
+    held = getattr(torch, precision.held)
     base = load_base(plan.model, held, device, 0, plan.quantization, plan.new_tokens, plan.peft)
-    model = build_model(base, plan.peft, plan.precision, plan.memory)
+    model = build_model(base, plan.peft, precision, plan.memory)
     optimizer = plan.make_optimizer(model)
-    state = State(model, optimizer, FullBatches(plan), loss_scale=loss_scale_of(plan.precision))
-    if plan.precision.stochastic_rounding:
+    state = State(model, optimizer, FullBatches(plan), loss_scale=loss_scale_of(precision))
+    if precision.stochastic_rounding:
         round_updates(state, 0, model.device_type)
     steps = training_steps(
         state,
         Constant(),
-        total_steps=2,
+        total_steps=total_steps,
         clip_grad_norm=plan.clip_grad_norm,
         device=device,
         in_backward=plan.memory.steps_in_backward(optimizer, None),
     )
+    return state, steps
+
+
+def measure(plan: Plan, device: torch.device) -> tuple[int, int]:
+    """Bytes before the second step and at its peak, both counted by what PyTorch really allocated."""
+    state, steps = run_of(plan, device, 2)
     next(steps)
-    before = stored_bytes(model, optimizer)
+    return peak_of_step(state, steps, device)
+
+
+def peak_of_step(state: State, steps: Iterator[Step], device: torch.device) -> tuple[int, int]:
+    """Bytes before the next step, which is not the first, and at its peak."""
+    import torch
+
+    before = stored_bytes(state.model, state.optimizer)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         next(steps)

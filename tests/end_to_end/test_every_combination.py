@@ -92,6 +92,7 @@ CHOICES: dict[str, dict[str, list[str]]] = {
         "in backward": ["memory.optimizer_in_bwd=true"],
         "both": ["memory=low", "memory.optimizer_in_bwd=true"],
         "activations on the host": ["memory.activation_offloading=true"],
+        "optimizer on the host": ["memory.offload_optimizer=true"],
         "products on the host": ["memory.activation_offloading=true", "memory.activation_checkpointing=selective"],
     },
     "clipping": {
@@ -116,6 +117,7 @@ CHOICES: dict[str, dict[str, list[str]]] = {
         "gemma2": ["model=gemma2_2b", "+scale=tiny", *SMALLER, "model.head_dim=16", "model.query_pre_attn_scalar=16"],
     },
 }
+PAGED = [name for name in RATES if name.startswith("paged")]
 PACKED = [name for name in QUANTIZATIONS if name != "none"]
 ADAPTERS = [name for name in METHODS if name not in WHOLE]
 IN_BACKWARD = ("in backward", "both")
@@ -133,6 +135,8 @@ CONFLICTS = (
     Conflict("precision.trainable", {"precision": ["bf16_stochastic"], "trainable": ["fp32"]}),
     Conflict("precision.trainable", {"precision": ["amp_bf16", "amp_fp16"], "trainable": ["bf16"]}),
     Conflict("activations_are_moved_from_a_gpu", {"memory": ["activations on the host", "products on the host"]}),
+    Conflict("state_is_moved_from_a_gpu", {"memory": ["optimizer on the host"]}),
+    Conflict("pages_are_moved_already", {"memory": ["optimizer on the host"], "optimizer": PAGED}),
     Conflict("what_is_kept_is_moved", {"memory": ["products on the host"]}),
     Conflict("one_backward_pass_a_step", {"memory": IN_BACKWARD, "accumulation": ["2"]}),
     Conflict("global_norm_needs_all_gradients", {"memory": IN_BACKWARD, "clipping": ["whole", "twice"]}),

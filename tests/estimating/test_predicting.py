@@ -30,6 +30,7 @@ def plan(*words: str, device: str = "cpu") -> Plan:
         (("model=llama", "model.num_hidden_layers=5"), "h100"),
         (("model=gemma2", "model.num_hidden_layers=7", "precision=bf16", "peft=full"), "cpu"),
         (("model=qwen2", "model.num_hidden_layers=6", "peft=qlora", "memory.activation_checkpointing=full"), "t4"),
+        (("model=llama", "model.num_hidden_layers=6", "peft=last_layers"), "h100"),
         (("model=phi3", "model.num_hidden_layers=6", "train.gradient_accumulation_steps=3", "optimizer=sgd"), "l4"),
     ],
     ids=lambda value: value[0].partition("=")[2] if isinstance(value, tuple) else value,

@@ -102,6 +102,7 @@ def depths_to_trace(plan: Plan) -> tuple[int, int] | None:
     for period in range(1, depth // 3 + 1):
         if kinds[period:] == kinds[:-period]:
             low = period + depth % period
+            low += -(-max(plan.last_apart + 1 - low, 0) // period) * period
             return (low, low + period) if plan.may_be_cut and low + period < depth else None
     return None
 

@@ -33,6 +33,7 @@ class Plan:
         accumulates: whether a step has several batches.
         may_be_cut: a model of fewer layers can be built the same way; not where an adapter in a folder names them.
         clip_grad_norm: as for `training_steps`.
+        last_apart: as many of the last layers are not like the others.
     """
 
     model: ModelConfig
@@ -48,6 +49,7 @@ class Plan:
     accumulates: bool
     may_be_cut: bool
     clip_grad_norm: float | None
+    last_apart: int = 0
 
     def of(self, *, depth: int | None = None, rows: int | None = None, tokens: int | None = None) -> Plan:
         """The same with fewer layers, or other batches."""

@@ -17,6 +17,7 @@ from tuner.estimating.searching import largest
 from tuner.estimating.shapes import Plan
 from tuner.models.family import stated
 from tuner.optimizers.groups import trained
+from tuner.peft.last_layers import LastLayers
 from tuner.precision.resolve import in_fp32
 from tuner.types import MemoryEstimate, Precision
 from tuner.verbs.batch_size import settle_batch_size
@@ -135,11 +136,12 @@ def plan_of(cfg: DictConfig, device: Device) -> Plan:
     precision: Precision = instantiate(cfg.precision)
     memory: MemoryTechniques = instantiate(cfg.memory, activation_offloading=False)  # as if they stayed: an upper bound
     memory.require(torch.device(device.kind))
+    peft = instantiate(cfg.peft)
     return Plan(
         model=model,
         new_tokens=rows_brought(Path(cfg.adapter), model) if cfg.adapter else expected_tokens(model),
         quantization=instantiate(cfg.quantization),
-        peft=instantiate(cfg.peft),
+        peft=peft,
         precision=precision if precision.compute in device.dtypes else in_fp32(precision),
         memory=memory,
         make_optimizer=lambda model: build_optimizer(cfg.optimizer, trained(model), cfg.trust_targets),
@@ -149,6 +151,7 @@ def plan_of(cfg: DictConfig, device: Device) -> Plan:
         accumulates=cfg.train.gradient_accumulation_steps > 1,
         may_be_cut=cfg.adapter is None,
         clip_grad_norm=cfg.train.clip_grad_norm,
+        last_apart=peft.num_layers if isinstance(peft, LastLayers) else 0,
     )
 
 
