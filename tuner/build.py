@@ -39,6 +39,8 @@ UNQUANTIZED = NoQuantization()
 class MemoryTechniques(Protocol):
     """A member of the `memory` group."""
 
+    activation_offloading: bool
+
     offload_optimizer: bool
 
     def require(self, device: torch.device) -> None: ...

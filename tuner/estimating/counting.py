@@ -54,12 +54,13 @@ class MemoryCount(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.region: Region = ("before",)
         self._rounding, self._inside = rounding, inside
+        self._is_here = True
         self._events: list[tuple[Region, Allocation, int]] = []
         self._alive: dict[int, tuple[Allocation, weakref.ref[Any]]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func in UNCOUNTED:
+        if func in UNCOUNTED or not self._is_here:
             return out
         for tensor in tree_iter(out):
             if isinstance(tensor, Tensor):
@@ -95,6 +96,13 @@ class MemoryCount(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for allocation, _ in self._alive.values():
             if allocation.kind is None and made_in(allocation.region):
                 allocation.kind = kind
+
+    @contextmanager
+    def elsewhere(self) -> Iterator[None]:
+        """Count nothing until this is left: what is made is not on the device."""
+        before, self._is_here = self._is_here, False
+        yield
+        self._is_here = before
 
     @contextmanager
     def within(self, region: Region) -> Iterator[None]:

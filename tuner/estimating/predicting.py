@@ -15,12 +15,18 @@ from tuner.estimating.counting import PAGED, Region
 from tuner.estimating.devices import Device
 from tuner.estimating.shapes import Plan
 from tuner.estimating.tracing import Peaks, trace
+from tuner.memory.cuda_copies import IN_FLIGHT
+from tuner.memory.offloading import AHEAD
 
 TRACED_TOKENS = 2**13
 """Tokens of a batch up to which it is traced itself: its loss is 32 chunks, which take about as long as a layer."""
 
 FEWEST_ROWS = 4
 """Of the larger of two batches that others follow from, so that no batch is one row, of which copies are views."""
+
+
+FEWEST_OFFLOADED = IN_FLIGHT + AHEAD + 2
+"""Layers that are traced where activations are moved: of fewer, all could be on their way at once."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +92,8 @@ class Predictor:
         depth = plan.model.num_hidden_layers
         if (depths := depths_to_trace(plan)) is None:
             return trace(plan, self.device)
-        ends, (low, high) = depths[0], depths
+        low, high = depths
+        ends = low // 2 if plan.offloads_activations else low  # the last ones find others on their way, as in the whole
         traced = (by_ends(trace(plan.of(depth=each), self.device), each, ends) for each in (low, high))
         return between(next(traced), low, next(traced), high, depth)
 
@@ -102,7 +109,8 @@ def depths_to_trace(plan: Plan) -> tuple[int, int] | None:
     for period in range(1, depth // 3 + 1):
         if kinds[period:] == kinds[:-period]:
             low = period + depth % period
-            low += -(-max(plan.last_apart + 1 - low, 0) // period) * period
+            fewest = max(plan.last_apart + 1, FEWEST_OFFLOADED if plan.offloads_activations else 0)
+            low += -(-max(fewest - low, 0) // period) * period
             return (low, low + period) if plan.may_be_cut and low + period < depth else None
     return None
 

@@ -26,6 +26,7 @@ class Plan:
         model: with the shape that its folder states.
         new_tokens: ids of tokens that the model learns.
         quantization, peft, precision, memory: members of their groups.
+        offloads_activations: whether the host holds what backward needs, which `memory` leaves to whoever traces.
         make_optimizer: over the parameters of a model that train.
         rows: of a batch.
         tokens: of a row.
@@ -42,6 +43,7 @@ class Plan:
     peft: Peft
     precision: Precision
     memory: MemoryTechniques
+    offloads_activations: bool
     make_optimizer: MakeOptimizer
     rows: int
     tokens: int

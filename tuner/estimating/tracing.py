@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,9 +15,11 @@ from torch.overrides import TorchFunctionMode
 from tuner.estimating.counting import PAGED, MemoryCount, Region
 from tuner.estimating.devices import Device
 from tuner.estimating.inside import inside
+from tuner.estimating.moved import MovedOnPaper
 from tuner.estimating.shapes import FakeBatches, Plan, adapted, ready, weights_by_kind
 from tuner.estimating.worst_case import WorstCase
 from tuner.loop import training_steps
+from tuner.memory.offloading import offload
 from tuner.models.decoder import Decoder
 from tuner.optimizers.paging import pageable
 from tuner.precision.stochastic_rounding import round_updates
@@ -49,6 +52,8 @@ def trace(plan: Plan, device: Device) -> Peaks:
         model = adapted(plan)
         with FakeTensorMode(allow_non_fake_inputs=True), count, WorstCase(device.kind):
             ready(model, plan, device.kind)
+            if plan.offloads_activations:
+                offload(model, partial(MovedOnPaper, count))
             for kind, tensor in weights_by_kind(model):
                 count.mark([tensor], kind)
             state = State(model, optimizer_of(model, plan, device), FakeBatches.of(plan))

@@ -40,10 +40,9 @@ class Mover(Protocol):
 class _Moved:
     """A memory on the host, and on the device again once it is wanted."""
 
-    def __init__(self, storage: torch.UntypedStorage, mover: Mover, place: int) -> None:
+    def __init__(self, device_bytes: Tensor, mover: Mover, place: int) -> None:
         self.place, self._mover = place, mover
-        as_bytes = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
-        self._host: Tensor | None = mover.out(as_bytes)
+        self._host: Tensor | None = mover.out(device_bytes)
         self._begun: Any = None
         self._back: Tensor | None = None
 
@@ -51,11 +50,12 @@ class _Moved:
         if self._host is not None:
             self._begun, self._host = self._mover.begin_back(self._host), None
 
-    def storage(self) -> torch.UntypedStorage:
+    def bytes(self) -> Tensor:
+        """All of it, uint8 [n] on the device."""
         self.begin_back()
         if self._back is None:
             self._back, self._begun = self._mover.end_back(self._begun), None
-        return self._back.untyped_storage()
+        return self._back
 
 
 class _View:
@@ -63,11 +63,10 @@ class _View:
 
     def __init__(self, tensor: Tensor, moved: _Moved) -> None:
         self.moved, self._dtype = moved, tensor.dtype
-        self._where = tensor.storage_offset(), tensor.size(), tensor.stride()
+        self._where = tensor.size(), tensor.stride(), tensor.storage_offset()
 
     def tensor(self) -> Tensor:
-        storage = self.moved.storage()
-        return torch.empty(0, dtype=self._dtype, device=storage.device).set_(storage, *self._where)
+        return self.moved.bytes().view(self._dtype).as_strided(*self._where)
 
 
 class Offloading:
@@ -80,17 +79,17 @@ class Offloading:
     """
 
     def __init__(self, stay: list[Tensor], mover: Mover, min_bytes: int = MIN_BYTES) -> None:
-        self._stay = {tensor.untyped_storage().data_ptr() for tensor in stay}
+        self._stay: Any = WeakIdKeyDictionary({tensor.untyped_storage(): True for tensor in stay})
         self._mover, self._min_bytes = mover, min_bytes
         self._moved: Any = WeakIdKeyDictionary()  # by storage: an address alone may be another tensor's by now
         self._order: list[ref[_Moved]] = []
 
     def pack(self, tensor: Tensor) -> Tensor | _View:
         storage = tensor.untyped_storage()
-        if storage.nbytes() < self._min_bytes or storage.data_ptr() in self._stay:
+        if storage.nbytes() < self._min_bytes or storage in self._stay:
             return tensor
         if storage not in self._moved:
-            moved = _Moved(storage, self._mover, len(self._order))
+            moved = _Moved(_bytes_of(tensor), self._mover, len(self._order))
             self._moved[storage] = moved
             self._order.append(ref(moved))
         return _View(tensor, self._moved[storage])
@@ -103,6 +102,12 @@ class Offloading:
             if (moved := other()) is not None:
                 moved.begin_back()
         return packed.tensor()
+
+
+def _bytes_of(tensor: Tensor) -> Tensor:
+    """The whole memory that a tensor looks at, uint8 [n]."""
+    whole = tensor.detach().as_strided((tensor.untyped_storage().nbytes() // tensor.element_size(),), (1,), 0)
+    return whole.view(torch.uint8)
 
 
 def offload(model: nn.Module, new_mover: Callable[[], Mover], min_bytes: int = MIN_BYTES) -> None:

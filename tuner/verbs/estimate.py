@@ -134,7 +134,7 @@ def plan_of(cfg: DictConfig, device: Device) -> Plan:
     model = stated(instantiate(cfg.model))
     packs = cfg.data.packing == "pack"
     precision: Precision = instantiate(cfg.precision)
-    memory: MemoryTechniques = instantiate(cfg.memory, activation_offloading=False)  # as if they stayed: an upper bound
+    memory: MemoryTechniques = instantiate(cfg.memory)
     memory.require(torch.device(device.kind))
     peft = instantiate(cfg.peft)
     return Plan(
@@ -143,7 +143,8 @@ def plan_of(cfg: DictConfig, device: Device) -> Plan:
         quantization=instantiate(cfg.quantization),
         peft=peft,
         precision=precision if precision.compute in device.dtypes else in_fp32(precision),
-        memory=memory,
+        memory=instantiate(cfg.memory, activation_offloading=False),  # which is done on paper
+        offloads_activations=memory.activation_offloading,
         make_optimizer=lambda model: build_optimizer(cfg.optimizer, trained(model), cfg.trust_targets),
         rows=1 if cfg.train.batch_size == AUTO else cfg.train.batch_size,
         tokens=cfg.data.pack_len if packs and cfg.data.pack_len else cfg.data.max_seq_len,
