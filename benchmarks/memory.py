@@ -78,7 +78,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     tokens = torch.randint(0, 49152, (args.batch, args.sequence), generator=torch.Generator().manual_seed(1))
-    batch = Batch(tokens, tokens, tokens.numel())
+    batch = Batch(tokens, tokens)
     with tempfile.TemporaryDirectory() as folder:
         write_model(Path(folder), args.dtype)
         models = {value: built(value, Path(folder), args) for value in VALUES}

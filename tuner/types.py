@@ -263,7 +263,7 @@ class Batch:
 
     Attributes:
         tokens, labels: int64 [B, T].
-        num_tokens: tokens that are not padding.
+        lengths: of each row, its tokens that are not padding; None where there is no padding.
         documents: of packed rows, the lengths of each row's documents, which see nothing of each other; what is behind
             the last is padding. None where each row is one text.
         sample_ids: the samples it is made of, from the first row to the last and within a row from left to right: their
@@ -273,9 +273,18 @@ class Batch:
 
     tokens: Tensor
     labels: Tensor
-    num_tokens: int
+    lengths: Sequence[int] | None = None
     documents: Sequence[Sequence[int]] | None = None
     sample_ids: tuple[int, ...] = ()
+
+    @property
+    def num_rows(self) -> int:
+        return self.tokens.shape[0]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that are not padding."""
+        return self.tokens.numel() if self.lengths is None else sum(self.lengths)
 
     @property
     def num_trained(self) -> int:

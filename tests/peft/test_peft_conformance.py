@@ -42,7 +42,7 @@ SHAPE: dict[str, Any] = {
     "attention_bias": True,
 }
 TOKENS = torch.randint(0, 61, (3, 17), generator=torch.Generator().manual_seed(1))
-BATCH = Batch(TOKENS, TOKENS, TOKENS.numel())
+BATCH = Batch(TOKENS, TOKENS)
 MOVED = {torch.float32: 1e-4, torch.bfloat16: 0.5}
 """Of logits up to 40. fp32: a weight that was taken apart and put together again. bf16: that, rounded to 2⁻⁹ in each of
 21 layers, as are the two parts and the sum of what they make of an input."""
