@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from tuner.errors import TrainingError
 from tuner.loss import sum_cross_entropy
 from tuner.loss_scale import LossScale
+from tuner.out_of_memory import ends_as_out_of_memory
+from tuner.row_limit import RowLimit
 from tuner.types import Batch, CausalLM, State, StepsInBackward
 
 MOST_NAMED = 32
@@ -87,6 +89,8 @@ def training_steps(
     Raises:
         TrainingError: a loss or gradient norm that is not finite; the parameters are as they were before the step, or,
             where they were stepped in backward and the loss was finite, as the message says.
+        OutOfMemory: and `state.train_rows` is not to be halved, or cannot be any more; the parameters are as they were,
+            unless they were being stepped, as the message says.
     """
     optimizer = state.optimizer
     trained = [p for group in optimizer.param_groups for p in group["params"]]
@@ -98,7 +102,7 @@ def training_steps(
             group["lr"] = lr * factor
         window = [batch.to(device) for batch in next(state.batches)]
         scale = None if state.loss_scale is None else state.loss_scale.value
-        losses = add_gradients(state.model, window, scale or 1.0, only_if_finite=in_backward is not None)
+        losses, window = gradients_within_memory(state, window, stepped=in_backward is not None)
         loss = float(sum(losses))  # CPU-GPU sync point
         if in_backward is None:
             norm = float(finish_(trained, state.loss_scale, clip_grad_norm, clip_grad_norm_per_parameter))  # likewise
@@ -107,7 +111,8 @@ def training_steps(
         wrong = judge(state, window, losses, loss, norm, on_nonfinite, stepped=in_backward is not None)
         if wrong is None:
             if in_backward is None:
-                optimizer.step()
+                with ends_as_out_of_memory(f"step {state.step + 1}, half done: the optimizer's step is not taken back"):
+                    optimizer.step()
             state.train_loss = loss
         optimizer.zero_grad(set_to_none=True)
         tokens = sum(batch.num_tokens for batch in window)
@@ -119,6 +124,34 @@ def training_steps(
         state.seconds += seconds
         lr, ends_epoch = base_lrs[0] * factor, state.batches.at_epoch_end
         yield Step(state.step, loss, norm, lr, tokens, padding, ends_epoch, seconds, wrong, scale)
+
+
+def gradients_within_memory(
+    state: State, window: Sequence[Batch], *, stepped: bool
+) -> tuple[list[Tensor], list[Batch]]:
+    """`add_gradients` of a window, in batches of as many rows as there is memory for.
+
+    Args:
+        state: before the step is counted, without gradients.
+        window: what the step trains on.
+        stepped: whether backward steps the parameters, so that nothing can be done again.
+
+    Returns:
+        The losses and the batches that they are of.
+
+    Raises:
+        OutOfMemory: as for `training_steps`.
+    """
+    scale, step = 1.0 if state.loss_scale is None else state.loss_scale.value, f"step {state.step + 1}"
+    if stepped:
+        with ends_as_out_of_memory(f"{step}: parameters are stepped in backward, which is not taken back"):
+            return add_gradients(state.model, window, scale, only_if_finite=True), list(window)
+    return state.train_rows.within(
+        lambda batches: add_gradients(state.model, batches, scale),
+        window,
+        step,
+        undo=lambda: state.optimizer.zero_grad(set_to_none=True),
+    )
 
 
 def finish_(
@@ -242,18 +275,34 @@ def named_samples(window: Sequence[Batch], losses: Sequence[Tensor]) -> str:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Sequence[Batch], device: torch.device) -> float:
-    """Mean cross-entropy a trained token over all batches, in nats; the model's mode is left as it was."""
-    lm = cast(CausalLM, model)
+def evaluate(model: nn.Module, batches: Sequence[Batch], device: torch.device, rows: RowLimit | None = None) -> float:
+    """Mean cross-entropy a trained token over all batches, in nats; the model's mode is left as it was.
+
+    Args:
+        model: its mode is that of training or not.
+        batches: at least one trained token in all of them.
+        device: where they go.
+        rows: how many of a batch at once; None is all of them.
+
+    Raises:
+        OutOfMemory: and `rows` is not to be halved, or cannot be any more.
+    """
+    limit = RowLimit() if rows is None else rows
     was_training = model.training
     model.eval()
     total, tokens = 0.0, 0
     for batch in batches:
-        moved = batch.to(device)
-        hidden = lm.hidden(moved.tokens, documents=moved.documents)
-        total += float(
-            sum_cross_entropy(hidden, moved.labels, lm.lm_head, lm.logit_softcap, device_type=lm.device_type)
+        sums, _ = limit.within(
+            lambda parts: [summed_loss(model, part.to(device)) for part in parts], [batch], "evaluation"
         )
+        total += sum(sums)
         tokens += batch.num_trained
     model.train(was_training)
     return total / tokens
+
+
+def summed_loss(model: nn.Module, batch: Batch) -> float:
+    """Cross-entropy of a batch on the model's device, summed over its trained tokens, in nats: a CPU-GPU sync point."""
+    lm = cast(CausalLM, model)
+    hidden = lm.hidden(batch.tokens, documents=batch.documents)
+    return float(sum_cross_entropy(hidden, batch.labels, lm.lm_head, lm.logit_softcap, device_type=lm.device_type))
