@@ -241,7 +241,7 @@ class FullBatches:
         drawn = []
         for size in next(self._sizes):
             tokens = torch.randint(self._vocabulary, size.tokens.shape)
-            drawn.append(Batch(tokens, tokens.clone(), size.num_tokens, size.documents))
+            drawn.append(Batch(tokens, tokens.clone(), size.lengths, size.documents))
         return drawn
 
     def described(self) -> dict[str, Any]:

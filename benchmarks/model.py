@@ -103,7 +103,7 @@ def ours(folder: Path, dtype: torch.dtype) -> tuple[Any, Callable[[torch.Tensor]
     from tuner.types import Batch
 
     model = load_base(config_of_folder(folder), dtype, torch.device("cpu"), seed=0).requires_grad_(True).train()
-    return model, lambda tokens: backward(model, [Batch(tokens, tokens, tokens.numel())])
+    return model, lambda tokens: backward(model, [Batch(tokens, tokens)])
 
 
 def theirs(folder: Path, dtype: torch.dtype, attention: str) -> tuple[Any, Callable[[torch.Tensor], float]]:

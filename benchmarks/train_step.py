@@ -139,7 +139,7 @@ def ours(row: Row, folder: Path, args: argparse.Namespace) -> Callable[[], float
         at_epoch_end = False
 
         def __next__(self) -> list[Batch]:
-            return [Batch(tokens, tokens, tokens.numel())]
+            return [Batch(tokens, tokens)]
 
         def state_dict(self) -> dict[str, int]:
             raise NotImplementedError

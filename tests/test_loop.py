@@ -350,7 +350,7 @@ def test_a_gradient_alone_that_is_not_finite_names_the_whole_window(number: int)
 def test_a_window_with_nothing_to_train_has_no_loss_and_no_gradient() -> None:
     model = llama()
     tokens = torch.randint(0, 61, (2, 9))
-    empty = Batch(tokens, torch.full_like(tokens, IGNORE), 18)
+    empty = Batch(tokens, torch.full_like(tokens, IGNORE))
     loss, found = gradients(model, [empty])
     assert loss == 0.0
     assert all((gradient == 0).all() for gradient in found.values())

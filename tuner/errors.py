@@ -78,6 +78,10 @@ class TrainingError(TunerError):
     """A run whose numbers stopped making sense."""
 
 
+class OutOfMemory(TunerError):
+    """A run for which the device or its host has no memory left."""
+
+
 class Interrupted(TunerError):
     """A run that was asked to stop and has saved its state."""
 

@@ -18,8 +18,9 @@ from tuner.interruption import StopRequest
 from tuner.logging.disk import Generation
 from tuner.logging.run_log import RunLog
 from tuner.loop import Schedule, Step, evaluate, training_steps
-from tuner.measure import Speed, peak_memory_mib
+from tuner.measure import Speed, peak_memory_mib, record_peak
 from tuner.models.decoder import Decoder
+from tuner.row_limit import RowLimit
 from tuner.run_results import RunResults
 from tuner.settings import Train
 from tuner.types import Batch, Dataset, Logger, Precision, State, StepsInBackward, Summary, Tokenizer
@@ -72,7 +73,7 @@ def fit(parts: Parts, log: RunLog, stop: StopRequest, summary: Summary, started:
     if goes_on and state.batches.at_epoch_end and results.are_there:
         results.write_epoch(state.batches.epochs_done)  # this was the end of the run, and now more is asked for
     speed = Speed()
-    record(summary, state, speed, parts.device)
+    record(summary, state, speed, parts)
     log.terminal.start(parts.total_steps, state.step)
     steps = training_steps(
         state,
@@ -90,13 +91,13 @@ def fit(parts: Parts, log: RunLog, stop: StopRequest, summary: Summary, started:
         if step.skipped is not None:
             log.terminal.say(f"skipped: {step.skipped}")
         if last or step.skipped is not None or step.number % train.log_every_steps == 0:
-            log.log(step.number, metrics(step, speed, state.tokens, parts.device))
+            log.log(step.number, metrics(step, speed, state, parts.device))
         val_loss, is_best = None, False
         if last or step.ends_epoch or (train.val_every_steps and step.number % train.val_every_steps == 0):
             summary.val_loss = val_loss = validate(parts, log)
             is_best = early.count(state, val_loss)
         ended = last or early.reason(state) is not None
-        record(summary, state, speed, parts.device)
+        record(summary, state, speed, parts)
         if step.ends_epoch and not ended:
             results.write_epoch(state.batches.epochs_done)  # before the checkpoint, which says that it is there
         if stop.reason is not None and not ended:
@@ -132,7 +133,7 @@ def stopped(parts: Parts, log: RunLog, val_loss: float | None, stop: StopRequest
 
 def validate(parts: Parts, log: RunLog) -> float:
     """Validation loss now, logged with its perplexity."""
-    loss = evaluate(parts.state.model, parts.validation, parts.device)
+    loss = evaluate(parts.state.model, parts.validation, parts.device, parts.state.val_rows)
     values = {"val/loss": loss, "val/perplexity": math.exp(min(loss, 700.0))}
     log.log(parts.state.step, {"tokens": float(parts.state.tokens), **values})
     return loss
@@ -156,25 +157,35 @@ def generations(dataset: Dataset, before: Sequence[str], after: Sequence[str]) -
     return [Generation(one.messages[-1]["content"], one.reply, was, now) for one, was, now in rows]
 
 
-def metrics(step: Step, speed: Speed, tokens: int, device: torch.device) -> dict[str, float]:
+def metrics(step: Step, speed: Speed, state: State, device: torch.device) -> dict[str, float]:
     """One line of `metrics.jsonl`."""
     scale = {} if step.loss_scale is None else {"train/loss_scale": step.loss_scale}
+    rows = {} if state.train_rows.most is None else {"memory/rows_at_once": float(state.train_rows.most)}
     return {
-        "tokens": float(tokens),
+        "tokens": float(state.tokens),
         "train/loss": step.loss,
         "train/lr": step.lr,
         "train/grad_norm": step.grad_norm,
         **scale,
         "perf/tokens_per_s": speed.recent,
         "perf/padding_share": step.padding_share,
+        **rows,
         "memory/peak_mib": peak_memory_mib(device),
     }
 
 
-def record(summary: Summary, state: State, speed: Speed, device: torch.device) -> None:
+def record(summary: Summary, state: State, speed: Speed, parts: Parts) -> None:
     """Keep the summary true at every step, whatever ends the run."""
     summary.steps, summary.tokens, summary.train_loss = state.step, state.tokens, state.train_loss
     summary.skipped_steps = state.skipped_steps
     summary.best_val_loss, summary.best_step = state.best_val_loss, state.best_step
-    summary.tokens_per_s, summary.peak_memory_mib = speed.mean, peak_memory_mib(device)
-    summary.peak_tensor_mib = summary.peak_memory_mib if device.type == "cuda" else None
+    summary.batch_size_used, summary.accumulation_used = used(parts.train, state.train_rows)
+    summary.tokens_per_s = speed.mean
+    record_peak(summary, parts.device)
+
+
+def used(train: Train, rows: RowLimit) -> tuple[int, int]:
+    """Rows at once and passes a step, of a step's whole window."""
+    assert isinstance(train.batch_size, int), "auto was settled before the run began"
+    size = min(train.batch_size, rows.most or train.batch_size)
+    return size, train.gradient_accumulation_steps * math.ceil(train.batch_size / size)

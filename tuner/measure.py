@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from tuner.types import Summary
+
 RECENT_STEPS = 10
 
 
@@ -50,6 +52,12 @@ def peak_memory_mib(device: torch.device) -> float:
         return int(status.partition("VmHWM:")[2].split()[0]) / 2**10
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+def record_peak(summary: Summary, device: torch.device) -> None:
+    """Keep the peak so far in the summary."""
+    summary.peak_memory_mib = peak_memory_mib(device)
+    summary.peak_tensor_mib = summary.peak_memory_mib if device.type == "cuda" else None
 
 
 def reset_peak_memory(device: torch.device) -> None:

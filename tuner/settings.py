@@ -32,6 +32,8 @@ class Train:
         clip_grad_norm_per_parameter: largest norm of the gradient of each parameter by itself; None is unclipped.
         on_nonfinite: a loss or gradient norm that is not finite ends the run before the optimizer step (`stop`), or the
             step is left out (`skip`): weights and optimizer stay as they were, and the run goes on behind it.
+        on_oom: memory that runs out ends the run (`stop`), or the step is computed again with half as many rows at once
+            in twice as many passes (`retry`), and so are all that follow; evaluations likewise.
         log_every_steps: distance of the lines in metrics.jsonl.
         val_every_steps: distance of the evaluations between the first and the last; None is at epoch ends only.
         early_stopping_patience: evaluations without improvement that end the run; None never ends it early.
@@ -52,6 +54,7 @@ class Train:
     clip_grad_norm: PositiveFloat | None
     clip_grad_norm_per_parameter: PositiveFloat | None
     on_nonfinite: Literal["stop", "skip"]
+    on_oom: Literal["stop", "retry"]
     log_every_steps: PositiveInt
     val_every_steps: PositiveInt | None
     early_stopping_patience: PositiveInt | None

@@ -45,13 +45,15 @@ from tuner.logging.heartbeat import Heartbeat
 from tuner.logging.run_log import RunLog
 from tuner.logging.terminal import Terminal
 from tuner.loss_scale import LossScale
-from tuner.measure import reset_peak_memory
+from tuner.measure import record_peak, reset_peak_memory
 from tuner.models.decoder import Decoder
 from tuner.models.family import as_node, located, stated
 from tuner.optimizers.groups import trained
+from tuner.out_of_memory import ends_as_out_of_memory
 from tuner.precision.resolve import resolve
 from tuner.precision.stochastic_rounding import round_updates
 from tuner.results import Kept, facts_of_base, finished_before
+from tuner.row_limit import RowLimit
 from tuner.run_results import RunResults
 from tuner.settings import Train
 from tuner.types import Dataset, DataSource, Logger, Positioned, Precision, RunInfo, State, Summary
@@ -71,7 +73,8 @@ def run(cfg: DictConfig, overrides: Sequence[str] | None = None, again: str | No
         What stands in `summary.json` of the run folder.
 
     Raises:
-        TunerError: an input that is wrong, before anything is written; Interrupted, if asked to stop (it was saved).
+        TunerError: an input that is wrong, before anything is written; OutOfMemory, if none was left; Interrupted,
+            if asked to stop (it was saved).
     """
     started = time.perf_counter()
     cfg = freeze(cfg)
@@ -86,6 +89,7 @@ def run(cfg: DictConfig, overrides: Sequence[str] | None = None, again: str | No
     with (
         only_run_in(out),
         Heartbeat(out, summary),
+        ends_as_out_of_memory(),
         honest_end(config, overrides or (), summary, lambda: cast(Logger, instantiate(cfg.logger))),
         deterministic(cfg.train.deterministic, device_of(cfg.device)),
     ):
@@ -101,10 +105,13 @@ def train(
     if sys.stderr.isatty():
         print("preparing the data and the model ...", file=sys.stderr, flush=True)
     with interrupted_by_signals():
-        with warnings.catch_warnings(record=True) as noted:
-            parts = prepare(cfg, out)
-        state = parts.state
-        restored = parts.checkpoints.restore(state, parts.total_steps)
+        try:
+            with warnings.catch_warnings(record=True) as noted:
+                parts = prepare(cfg, out)
+            state = parts.state
+            restored = parts.checkpoints.restore(state, parts.total_steps)
+        finally:
+            record_peak(summary, device_of(cfg.device))
     resumed = restored is not None and restored.folder.is_relative_to(out)
     summary.steps, summary.total_steps = state.step, parts.total_steps
     with (
@@ -141,6 +148,7 @@ def train(
             raise
         finally:
             summary.seconds = time.perf_counter() - started
+            record_peak(summary, parts.device)
             log.close(summary)
         terminal.closing(saved_in(out), next_commands(out, config))
 
@@ -191,7 +199,9 @@ def prepare(cfg: DictConfig, out: Path) -> Parts:
     )
     in_backward = memory.steps_in_backward(optimizer, cfg.train.clip_grad_norm_per_parameter)
     logger: Logger = instantiate(cfg.logger)
+    halves = cfg.train.on_oom == "retry"
     state = State(model, optimizer, batches, loss_scale=loss_scale_of(precision))
+    state.train_rows, state.val_rows = RowLimit(halves), RowLimit(halves)
     if precision.stochastic_rounding:
         round_updates(state, cfg.seed, "cpu" if memory.offload_optimizer else model.device_type)
     place.step_there(optimizer)  # the rounding too

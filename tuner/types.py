@@ -15,6 +15,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired, Protocol, TypedDict, runtime_checkable
 
+from tuner.row_limit import RowLimit
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
@@ -264,7 +266,7 @@ class Batch:
 
     Attributes:
         tokens, labels: int64 [B, T].
-        num_tokens: tokens that are not padding.
+        lengths: of each row, its tokens that are not padding; None where there is no padding.
         documents: of packed rows, the lengths of each row's documents, which see nothing of each other; what is behind
             the last is padding. None where each row is one text.
         sample_ids: the samples it is made of, from the first row to the last and within a row from left to right: their
@@ -274,14 +276,37 @@ class Batch:
 
     tokens: Tensor
     labels: Tensor
-    num_tokens: int
+    lengths: Sequence[int] | None = None
     documents: Sequence[Sequence[int]] | None = None
     sample_ids: tuple[int, ...] = ()
+
+    @property
+    def num_rows(self) -> int:
+        return self.tokens.shape[0]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that are not padding."""
+        return self.tokens.numel() if self.lengths is None else sum(self.lengths)
 
     @property
     def num_trained(self) -> int:
         """Labels that count: those a prediction exists for, so not the first position."""
         return int((self.labels[:, 1:] != IGNORE).sum())
+
+    def cut(self, most_rows: int) -> list[Batch]:
+        """The same rows in batches of so many at most, each without the columns that are padding in all of its rows."""
+        if self.num_rows <= most_rows:
+            return [self]
+        return [self._rows(start, start + most_rows) for start in range(0, self.num_rows, most_rows)]
+
+    def _rows(self, start: int, end: int) -> Batch:
+        lengths = None if self.lengths is None else self.lengths[start:end]
+        tokens, labels = (x[start:end, : max(lengths or [x.shape[1]])].contiguous() for x in (self.tokens, self.labels))
+        documents = None if self.documents is None else self.documents[start:end]
+        each = [1] * self.num_rows if self.documents is None else [len(row) for row in self.documents]
+        ids = self.sample_ids[sum(each[:start]) : sum(each[:end])]
+        return Batch(tokens, labels, lengths, documents, ids)
 
     def to(self, device: torch.device) -> Batch:
         tokens, labels = (x.to(device, non_blocking=True) for x in (self.tokens, self.labels))
@@ -477,6 +502,7 @@ class State:
         train_loss: of the last step that was not skipped.
         skipped_steps: those whose gradient was dropped because it or the loss was not finite.
         loss_scale: what gradients are scaled with, where the precision needs it.
+        train_rows, val_rows: how many rows go through the model at once, in training and in evaluations.
         val_loss_before: validation loss before the first step.
         best_val_loss, best_step: the lowest validation loss after the first step and where it was.
         improved_val_loss, improved_step: the last one that was lower than the one before it in this place by more than
@@ -501,6 +527,8 @@ class State:
     evaluations_since_improved: int = 0
     before: list[str] = field(default_factory=list)
     loss_scale: LossScale | None = None
+    train_rows: RowLimit = field(default_factory=RowLimit)
+    val_rows: RowLimit = field(default_factory=RowLimit)
 
 
 class Positioned(Protocol):
@@ -592,6 +620,8 @@ class Summary:
         skipped_steps: those whose loss or gradient was not finite (`train.on_nonfinite=skip`), or whose scaled gradient
             overflowed (`precision=amp_fp16`).
         total_steps: that the run is to have at its end; None where it ended before that was known.
+        batch_size_used, accumulation_used: rows at once and passes a step, as of the last step: those of the
+            configuration, or fewer and more since memory ran out (`train.on_oom=retry`).
         tokens: tokens read while training, prompts included, padding excluded.
         tokens_per_s: of this process, padding excluded, evaluations excluded.
         peak_memory_mib: CUDA: largest allocated memory; CPU: peak resident set of the process.
@@ -606,7 +636,8 @@ class Summary:
         precision, trainable_dtype, device: what really ran.
         mlflow_run_id: None without MLflow.
         out: the run folder.
-        reason: why it stopped, failed, or finished before its last step.
+        reason: why it stopped, failed, or finished before its last step; where memory ran out it begins with
+            `out of memory: `.
         resume: the command that goes on with it; None for a finished run.
         log_tail: of a run that failed, the last lines of `run.log`, with the traceback in them.
     """
@@ -622,6 +653,8 @@ class Summary:
     steps: int = 0
     skipped_steps: int = 0
     total_steps: int | None = None
+    batch_size_used: int | None = None
+    accumulation_used: int | None = None
     tokens: int = 0
     tokens_per_s: float | None = None
     peak_memory_mib: float | None = None

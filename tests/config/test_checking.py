@@ -195,6 +195,11 @@ RULE_ROWS = [
         "memory.optimizer_in_bwd=True train.on_nonfinite=skip: a gradient that is not finite may be found when",
     ),
     (
+        "what_was_stepped_is_not_done_again",
+        ["memory.optimizer_in_bwd=true", "train.clip_grad_norm=null", "train.on_oom=retry"],
+        "memory.optimizer_in_bwd=True train.on_oom=retry: memory that runs out in backward does so when some",
+    ),
+    (
         "scale_is_taken_out_before_a_step",
         ["memory.optimizer_in_bwd=true", "train.clip_grad_norm=null", "precision=amp_fp16"],
         "memory.optimizer_in_bwd=True precision=amp_fp16: whether the scale of the loss was too large",

@@ -26,6 +26,8 @@ BOTTOM = {
     "tuner.hub",
     "tuner.hub_errors",
     "tuner.keeping",
+    "tuner.out_of_memory",
+    "tuner.row_limit",
     "tuner.sentencepiece_model",
 }
 COMPOSERS = ("tuner.config", "tuner.verbs", "tuner.train", "tuner.build", "sweeper")

@@ -13,8 +13,9 @@ import tuner
 
 FILE = Path(tuner.__file__).parents[1] / "benchmarks" / "estimate.py"
 PROMISED = 0.05
-SEEN = 0.005
-"""On a CPU every allocation is counted but for a few small ones inside kernels; see `benchmarks/estimate.md`."""
+SEEN, SEEN_IN_16_BITS = 0.005, 0.02
+"""On a CPU every allocation is counted but for a few small ones inside kernels, those of products in 16 bits somewhat
+larger; see `benchmarks/estimate.md`."""
 
 
 def benchmark() -> Any:
@@ -51,7 +52,7 @@ def test_predicted_is_measured(title: str) -> None:
 @pytest.mark.parametrize("title", [title for title in CELLS if "smollm2" not in title][::6])
 def test_predicted_is_measured_in_more_cells(title: str) -> None:
     one = benchmark().outcome(CELLS[title], "cpu")
-    assert abs(one.error) < SEEN
+    assert abs(one.error) < (SEEN_IN_16_BITS if "16" in title else SEEN)
 
 
 @pytest.mark.gpu

@@ -17,6 +17,8 @@ from tuner.estimating.searching import largest
 from tuner.estimating.shapes import Plan
 from tuner.verbs.estimate import plan_of
 
+OFFLOADED = ("data.max_seq_len=1024", "memory.activation_offloading=true")
+"""So long that layer inputs are moved, of 1 MiB."""
 SMALL = ("+scale=tiny", "data.max_seq_len=96", "train.batch_size=2")
 
 
@@ -31,6 +33,8 @@ def plan(*words: str, device: str = "cpu") -> Plan:
         (("model=gemma2", "model.num_hidden_layers=7", "precision=bf16", "peft=full"), "cpu"),
         (("model=qwen2", "model.num_hidden_layers=6", "peft=qlora", "memory.activation_checkpointing=full"), "t4"),
         (("model=llama", "model.num_hidden_layers=6", "peft=last_layers"), "h100"),
+        (("model=llama", "model.num_hidden_layers=14", *OFFLOADED), "h100"),
+        (("model=qwen2", "model.num_hidden_layers=13", *OFFLOADED, "memory.activation_checkpointing=full"), "h100"),
         (("model=phi3", "model.num_hidden_layers=6", "train.gradient_accumulation_steps=3", "optimizer=sgd"), "l4"),
     ],
     ids=lambda value: value[0].partition("=")[2] if isinstance(value, tuple) else value,
@@ -44,6 +48,22 @@ def test_two_depths_say_what_the_whole_has(words: tuple[str, ...], device: str) 
     assert predicted.total == pytest.approx(traced.total, rel=1e-3)
     for kind, size in traced.by_kind.items():
         assert predicted.by_kind.get(kind, 0) == pytest.approx(size, abs=0.002 * traced.total)
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_of_offloaded_activations_some_are_on_their_way(checkpointing: str) -> None:
+    words = (
+        "model=llama",
+        "model.num_hidden_layers=14",
+        f"memory.activation_checkpointing={checkpointing}",
+        *OFFLOADED,
+    )
+    moved = Predictor(plan(*words, device="h100"), device_named("h100")).peak()
+    stay = Predictor(plan(*words, "memory.activation_offloading=false", device="h100"), device_named("h100")).peak()
+    assert moved.total < stay.total
+    layer_input = 2 * 1024 * 256 * 4
+    if checkpointing == "full":  # of 14 inputs of layers the four ahead, the one wanted and the last norm's
+        assert stay.total - moved.total == pytest.approx((14 - 6) * layer_input, abs=2 * layer_input)
 
 
 def test_some_rows_say_what_many_have(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,7 +71,7 @@ def measured(
     """Loss and gradients of the second of two passes, whose memory is warm, and the most bytes beyond the model's."""
     model, _ = built(method, technique, dtype)
     tokens = torch.randint(0, 512, (4, T), generator=torch.Generator().manual_seed(1)).cuda()
-    batch = Batch(tokens, tokens, tokens.numel(), documents=documents)
+    batch = Batch(tokens, tokens, documents=documents)
     for _ in range(2):
         model.zero_grad()
         torch.cuda.synchronize()
@@ -114,7 +114,7 @@ def gradients_of_many(technique: str) -> list[Tensor]:
     model, _ = built("lora", technique, "float32")
     generator = torch.Generator().manual_seed(1)
     batches = [torch.randint(0, 512, (2, T), generator=generator).cuda() for _ in range(10)]
-    add_gradients(model, [Batch(tokens, tokens, tokens.numel()) for tokens in batches])
+    add_gradients(model, [Batch(tokens, tokens) for tokens in batches])
     return [p.grad for p in model.parameters() if p.grad is not None]
 
 
@@ -134,7 +134,7 @@ def test_steps_in_backward_equal_those_behind_it_and_hold_one_gradient(name: str
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
-            add_gradients(model, [Batch(tokens, tokens, tokens.numel())])
+            add_gradients(model, [Batch(tokens, tokens)])
             if stepped is None:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
@@ -188,7 +188,7 @@ def batches() -> Iterator[Batch]:
     generator = torch.Generator().manual_seed(1)
     while True:
         tokens = torch.randint(0, 512, (1, 64), generator=generator).cuda()
-        yield Batch(tokens, tokens, tokens.numel())
+        yield Batch(tokens, tokens)
 
 
 @pytest.mark.parametrize("words", WORDS)

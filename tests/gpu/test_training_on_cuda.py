@@ -75,7 +75,7 @@ def test_gradients_in_16_bits_are_those_in_fp32_to_rounding(dtype: str, unit: fl
     from tuner.types import Batch, Precision
 
     tokens = torch.randint(0, 352, (4, 40), generator=torch.Generator().manual_seed(3))
-    batch, scale, found = Batch(tokens, tokens, tokens.numel()).to(torch.device("cuda")), 1024.0, []
+    batch, scale, found = Batch(tokens, tokens).to(torch.device("cuda")), 1024.0, []
     for precision in (Precision("x", "float32"), Precision("x", dtype, weights="float32" if mixed else None)):
         config = FAMILIES["llama"].from_hugging_face(SHAPE, None)
         model = load_base(config, getattr(torch, precision.held), torch.device("cuda"), seed=1)

@@ -73,7 +73,7 @@ def built(method: str, checkpointing: Any, copies: Copies | None) -> Decoder:
 def gradients(model: Decoder) -> dict[str, Tensor]:
     tokens = torch.randint(0, 61, (2, 150), generator=torch.Generator().manual_seed(1))
     torch.manual_seed(1)
-    (loss,) = add_gradients(model, [Batch(tokens, tokens, tokens.numel())])
+    (loss,) = add_gradients(model, [Batch(tokens, tokens)])
     return {"loss": loss, **{name: p.grad for name, p in model.named_parameters() if p.grad is not None}}
 
 

@@ -94,7 +94,7 @@ def built(run: Run, key: Key) -> Decoder:
 def batch(run: Run) -> Batch:
     tokens = torch.randint(0, 61, (2, run.tokens), generator=torch.Generator().manual_seed(1))
     documents = None if run.documents is None else [list(run.documents)] * 2
-    return Batch(tokens, tokens, tokens.numel(), documents=documents)
+    return Batch(tokens, tokens, documents=documents)
 
 
 def gradients(run: Run, key: Key) -> dict[str, Tensor]:

@@ -141,7 +141,7 @@ class SameBatch:
 
     def __next__(self) -> list[Batch]:
         tokens = torch.arange(8)[None]
-        return [Batch(tokens, tokens, 8)]
+        return [Batch(tokens, tokens)]
 
 
 class Halved:

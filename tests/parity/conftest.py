@@ -96,6 +96,6 @@ def padded() -> Callable[..., tuple[Batch, Tensor]]:
         mask = torch.arange(shape[1]) < torch.tensor(lengths)[:, None]
         prompt = torch.rand(shape, generator=generator) < 0.3
         labels = tokens.masked_fill(~mask | prompt, IGNORE)
-        return Batch(tokens, labels, int(mask.sum())), mask
+        return Batch(tokens, labels, lengths), mask
 
     return make

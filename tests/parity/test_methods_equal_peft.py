@@ -44,7 +44,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 EVERY_DAY = ("llama", "phi3")
 TOKENS = torch.randint(0, 131, (3, 30), generator=torch.Generator().manual_seed(0))
-BATCH = Batch(TOKENS, TOKENS, TOKENS.numel())
+BATCH = Batch(TOKENS, TOKENS)
 
 Folder = Callable[..., Path]
 Reference = Callable[..., Any]

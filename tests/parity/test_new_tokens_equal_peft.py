@@ -161,7 +161,7 @@ def test_both_train_alike(
     batch, mask = padded(V + 3)
     tokens = texts(padded)
     labels = torch.where(batch.labels >= 0, tokens, batch.labels)
-    loss = backward(ours.train(), [Batch(tokens, labels, batch.num_tokens)])
+    loss = backward(ours.train(), [Batch(tokens, labels, batch.lengths)])
     theirs = in_peft(reference, folder, tmp_path, V + 3, trained=True)
     expected = theirs(tokens, attention_mask=mask.long(), labels=labels).loss
     expected.backward()

@@ -31,7 +31,7 @@ SHAPE: dict[str, Any] = {
     "num_key_value_heads": 2,
 }
 TOKENS = torch.randint(0, 61, (3, 17), generator=torch.Generator().manual_seed(1))
-BATCH = Batch(TOKENS, TOKENS, TOKENS.numel())
+BATCH = Batch(TOKENS, TOKENS)
 ATTENTION = ["q_proj", "k_proj", "v_proj", "output_proj"]
 
 

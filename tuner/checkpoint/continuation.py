@@ -22,6 +22,7 @@ DOES_NOT_MATTER = (
     "data.workers",
     "device",
     "train.on_nonfinite",  # the steps that are done were finite, or were skipped when that was asked for
+    "train.on_oom",  # what memory ran out for was not stepped
     "train.log_every_steps",
     "train.num_samples",
     "train.max_new_tokens",

@@ -143,6 +143,7 @@ def read(folder: Path) -> Snapshot:
         training = torch.load(folder / TRAINING, map_location="cpu", weights_only=True)
         found = {name: training[name] for name in ("optimizer", "batches", "rng", *COUNTERS)}
         found["loss_scale"] = training.get("loss_scale")  # of an earlier version there is none
+        found["rows"] = training.get("rows", {})  # likewise
     except Exception as error:  # there is no end to what bytes that somebody made can make an unpickler raise
         raise CheckpointError(f"{folder / TRAINING}: damaged: {_first_line(error)}") from error
     return Snapshot(weights, found)

@@ -30,6 +30,9 @@ COUNTERS = (
 )
 """Fields of `State` that are plain values."""
 
+ROW_LIMITS = ("train_rows", "val_rows")
+"""Fields of `State` that say how many rows go through the model at once."""
+
 
 @dataclass(frozen=True)
 class Snapshot:
@@ -37,7 +40,7 @@ class Snapshot:
 
     Attributes:
         weights: every parameter that trains, by name, on the CPU.
-        training: optimizer, position in the data, random generators, scale of the loss and counters.
+        training: optimizer, position in the data, random generators, scale of the loss, rows at once and counters.
     """
 
     weights: Mapping[str, Tensor]
@@ -65,6 +68,7 @@ def take(state: State, *, copy: bool) -> Snapshot:
         "batches": state.batches.state_dict(),
         "rng": random_states(),
         "loss_scale": state.loss_scale.state_dict() if state.loss_scale else None,
+        "rows": {name: getattr(state, name).most for name in ROW_LIMITS},
         **{name: getattr(state, name) for name in COUNTERS},
     }
     weights = {name: _on_cpu(tensor, copy).contiguous() for name, tensor in trainable(state.model).items()}
@@ -94,6 +98,8 @@ def put_back(snapshot: Snapshot, state: State, origin: Path) -> None:
     set_random_states(training["rng"])
     if state.loss_scale is not None and (saved := training["loss_scale"]) is not None:
         state.loss_scale.load_state_dict(saved)
+    for name, most in training["rows"].items():
+        getattr(state, name).most = most
 
 
 def load_exactly(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:

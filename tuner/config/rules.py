@@ -281,6 +281,13 @@ RULES = (
         "are stepped, which cannot be taken back; say train.on_nonfinite=stop, or memory.optimizer_in_bwd=false",
     ),
     Rule(
+        "what_was_stepped_is_not_done_again",
+        ("memory.optimizer_in_bwd", "train.on_oom"),
+        lambda in_backward, on_oom: in_backward is True and on_oom == "retry",
+        "memory.optimizer_in_bwd={0} train.on_oom={1}: memory that runs out in backward does so when some parameters "
+        "are stepped, so the step cannot be done again; say train.on_oom=stop, or memory.optimizer_in_bwd=false",
+    ),
+    Rule(
         "scale_is_taken_out_before_a_step",
         ("memory.optimizer_in_bwd", "precision"),
         lambda in_backward, precision: in_backward is True and precision == "amp_fp16",

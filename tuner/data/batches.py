@@ -25,7 +25,7 @@ def collate(samples: Sequence[Sample], pad_id: int) -> Batch:
     Right padding keeps every token at its own position, and under a causal mask no token sees the padding behind it.
     """
     tokens, labels = _rows([[sample] for sample in samples], pad_id)
-    return Batch(tokens, labels, sum(len(sample.tokens) for sample in samples))
+    return Batch(tokens, labels, [len(sample.tokens) for sample in samples])
 
 
 def collate_packed(rows: Sequence[Sequence[Sample]], pad_id: int) -> Batch:
@@ -37,7 +37,7 @@ def collate_packed(rows: Sequence[Sequence[Sample]], pad_id: int) -> Batch:
     documents = tuple(tuple(len(sample.tokens) for sample in row) for row in rows)
     for row, lengths in enumerate(documents):
         labels[row, np.cumsum([0, *lengths[:-1]])] = IGNORE
-    return Batch(tokens, labels, sum(map(sum, documents)), documents)
+    return Batch(tokens, labels, [sum(lengths) for lengths in documents], documents)
 
 
 def _rows(rows: Sequence[Sequence[Sample]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:

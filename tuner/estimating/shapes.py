@@ -142,7 +142,7 @@ class FakeBatches:
 
     def _batch(self) -> Batch:
         tokens, labels = (torch.zeros(self.rows, self.tokens, dtype=torch.int64) for _ in range(2))
-        return Batch(tokens, labels, tokens.numel(), self._documents())
+        return Batch(tokens, labels, documents=self._documents())
 
     def _documents(self) -> Sequence[Sequence[int]] | None:
         """Rows full of the longest documents, whose attention takes most."""

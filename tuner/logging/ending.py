@@ -13,9 +13,10 @@ from typing import Any
 
 import yaml
 
-from tuner.errors import Interrupted, TunerError
+from tuner.errors import Interrupted, OutOfMemory, TunerError
 from tuner.logging.disk import CONFIG, ENVIRONMENT, OVERRIDES, SUMMARY, read_metrics, write_json, write_whole
 from tuner.logging.terminal import LOG, printable
+from tuner.out_of_memory import is_out_of_memory, out_of_memory_said
 from tuner.types import Logger, RunInfo, Summary
 
 LINES = 20
@@ -64,16 +65,19 @@ def honest_end(
 
 
 def is_wrong_input(error: BaseException) -> bool:
-    """Whether a person's error is at the bottom: what builds objects from a configuration wraps what they raise."""
+    """Whether a person's error is at the bottom: what builds objects from a configuration wraps what they raise.
+
+    How much memory there is, is no input: a run that ran out of it is told like a bug, with where that was.
+    """
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, TunerError):
         cause = cause.__cause__
-    return cause is not None
+    return cause is not None and not isinstance(cause, OutOfMemory)
 
 
 def reason_of(error: BaseException) -> str:
     """What was raised, as `summary.json` says it."""
-    return f"{type(error).__name__}: {error}"
+    return out_of_memory_said(error) if is_out_of_memory(error) else f"{type(error).__name__}: {error}"
 
 
 def last_words(out: Path, error: BaseException) -> list[str]:

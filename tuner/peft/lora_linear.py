@@ -80,7 +80,7 @@ class _LoRAFunction(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, x_a: Tensor | None, A: Tensor, B: Tensor, base: nn.Module, scale: float) -> Tensor:
         x_2d = x.reshape(-1, x.shape[-1])
         a_input = x_2d if x_a is None else x_a.reshape(-1, x.shape[-1])
-        bias: Tensor | None = base.bias  # type: ignore[assignment]
+        bias: Tensor | None = getattr(base, "bias", None)
         out, projected = Products.forward(x_2d, a_input, A, B, lambda: dense_weight(base), bias, scale)
         ctx.save_for_backward(a_input, projected, A, B)
         ctx.base, ctx.scale, ctx.shared = base, scale, x_a is None
