@@ -76,12 +76,10 @@ class Row:
     Attributes:
         words: that turn it on; `{tokens}` and `{quarter}` are the tokens of a row and a quarter of them.
         measured: whether it is measured too; not what only a GPU does, or does in 16 bits (Muon).
-        bound: whether the prediction is only an upper bound.
     """
 
     words: tuple[str, ...] = ()
     measured: bool = True
-    bound: bool = False
 
     @property
     def title(self) -> str:
@@ -130,8 +128,8 @@ PARTS = (
         (
             Row(("memory.activation_checkpointing=selective",)),
             Row((CHECKPOINTED,)),
-            Row(("memory.activation_offloading=true",), measured=False, bound=True),
-            Row((CHECKPOINTED, "memory.activation_offloading=true"), measured=False, bound=True),
+            Row(("memory.activation_offloading=true",), measured=False),
+            Row((CHECKPOINTED, "memory.activation_offloading=true"), measured=False),
         ),
         LONGER,
     ),
@@ -193,7 +191,6 @@ class Published:
         words: the same here.
         ours: settings that are not stated, as chosen here.
         why: the two differ, where they do.
-        bound: whether the prediction is only an upper bound.
         source: key of `SOURCES`.
     """
 
@@ -203,7 +200,6 @@ class Published:
     source: str
     ours: str = ""
     why: str = ""
-    bound: bool = False
 
 
 SOURCES = {
@@ -274,7 +270,6 @@ PUBLISHED = (
         (*_3B_PACKED, CHECKPOINTED, *IN_BACKWARD, "memory.activation_offloading=true"),
         "flags",
         _SAMPLES,
-        bound=True,
     ),
     Published(
         "+ 8-bit AdamW",
@@ -283,7 +278,6 @@ PUBLISHED = (
         "flags",
         _SAMPLES,
         "as above",
-        bound=True,
     ),
     Published(
         "LoRA",
@@ -291,7 +285,6 @@ PUBLISHED = (
         (*_3B_ADAPTER, "peft=lora", "memory.activation_offloading=true"),
         "flags",
         f"{_SAMPLES}; rank 64 on q, v, output and MLP, as in later configs",
-        bound=True,
     ),
     Published(
         "QLoRA",
@@ -299,7 +292,6 @@ PUBLISHED = (
         (*_3B_ADAPTER, "peft=qlora", "memory.activation_offloading=true"),
         "flags",
         f"{_SAMPLES}; rank 64 on q, v, output and MLP, as in later configs",
-        bound=True,
     ),
     Published(
         "Llama 3.1 8B: full",
@@ -432,7 +424,7 @@ def line(part: Part, row: Row, measured: Mapping[str, Any]) -> str:
     if paged := peak.by_kind.get("paged_state", 0):
         sizes[2] += f", {gib(paged)} paged"
     too_large = " (too large)" if peak.total > available(LARGE.device) else ""
-    total = f"{'≤ ' if row.bound else ''}{gib(peak.total)}{too_large}"
+    total = f"{gib(peak.total)}{too_large}"
     return "| " + " | ".join([title, *small, total, change(peak.total / base.total), *sizes]) + " |"
 
 
@@ -464,8 +456,8 @@ def published_table() -> str:
 
 
 def published_line(one: Published, source: int) -> str:
-    total, at_most = predicted(one.words).total, "≤ " if one.bound else ""
-    numbers = [f"{one.gib:.1f}", at_most + gib(total), f"{at_most}{total / GIB / one.gib:.2f}"]
+    total = predicted(one.words).total
+    numbers = [f"{one.gib:.1f}", gib(total), f"{total / GIB / one.gib:.2f}"]
     return "| " + " | ".join([f"{one.name} ({source})", *numbers, one.ours, one.why]) + " |"
 
 

@@ -190,7 +190,7 @@ def model_of(*, dropout: float | None = None) -> Decoder:
     base = load_base(LlamaConfig.from_hugging_face(SHAPE, None), torch.float32, CPU, seed=3)
     lora = LoRA("lora", 4, 8, dropout or 0.0, ["q_proj", "v_proj"], True, False, False)
     peft = Full("full") if dropout is None else lora
-    model = build_model(base, peft, Precision("fp32", "float32"), MemoryTechniques("none", False, False))
+    model = build_model(base, peft, Precision("fp32", "float32"), MemoryTechniques("none", False, False, False))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -401,7 +401,7 @@ def test_what_was_stepped_is_not_done_again(in_backward: bool) -> None:
 
     words: dict[str, Any] = {}
     if in_backward:
-        words = {"in_backward": MemoryTechniques("none", False, True).steps_in_backward(state.optimizer, None)}
+        words = {"in_backward": MemoryTechniques("none", False, True, False).steps_in_backward(state.optimizer, None)}
     state.optimizer.register_step_pre_hook(full)
     said = "parameters are stepped in backward" if in_backward else "half done: the optimizer's step"
     with pytest.raises(OutOfMemory, match=rf"out of memory: step 1[:,] {said}[ ,\w]* not taken back: full; "):
