@@ -399,7 +399,7 @@ REFUSED = [
     ({"quantizer": {"_component_": "torchtune.training.quantization.Q"}}, "no quantization-aware training"),
     ({"teacher_model": {"_component_": "torchtune.models.qwen2.qwen2_7b"}}, "no distillation"),
     ({"dataset": [{"_component_": "torchtune.datasets.alpaca_dataset"}]}, "dataset: several at once"),
-    ({"dtype": "fp16"}, "dtype: fp16: precision is bf16 or fp32"),
+    ({"dtype": "fp16"}, "dtype: fp16: precision is bf16 or fp32, or amp_fp16 over fp32 weights"),
     ({"optimizer": None}, "no optimizer._component_: no YAML of torchtune's recipes"),
     ({"model___component_": "torchtune.models.llama3_2_vision.lora_llama3_2_vision_11b"}, "no such model here"),
     ({"model___component_": "torchtune.models.mistral.mistral_classifier_7b"}, "no such model here"),

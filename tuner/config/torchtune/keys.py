@@ -121,7 +121,9 @@ KEYS: Mapping[str, Reading] = {
     "output_dir": same("out"),
     "seed": same("seed"),
     "device": device,
-    "dtype": chosen("precision", {"bf16": "bf16", "fp32": "fp32"}, "precision is bf16 or fp32"),
+    "dtype": chosen(
+        "precision", {"bf16": "bf16", "fp32": "fp32"}, "precision is bf16 or fp32, or amp_fp16 over fp32 weights"
+    ),
     "resume_from_checkpoint": resume,
     "epochs": epochs,
     "max_steps_per_epoch": max_steps_per_epoch,

@@ -116,5 +116,5 @@ def _refusals(tree: Mapping[str, Any]) -> list[str]:
     if isinstance(tree.get("dataset"), list):
         keys.append("dataset: several at once; join them into one file and name that")
     if tree.get("dtype") not in (None, "bf16", "fp32"):
-        keys.append(f"dtype: {tree['dtype']}: precision is bf16 or fp32")
+        keys.append(f"dtype: {tree['dtype']}: precision is bf16 or fp32, or amp_fp16 over fp32 weights")
     return keys
