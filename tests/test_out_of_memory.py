@@ -33,7 +33,7 @@ from tuner.loop import Step, evaluate, training_steps
 from tuner.memory.default import MemoryTechniques
 from tuner.models.decoder import Decoder
 from tuner.models.llama import LlamaConfig
-from tuner.out_of_memory import ADVICE, ends_as_out_of_memory, is_out_of_memory, out_of_memory_said
+from tuner.out_of_memory import ADVICE, ends_as_out_of_memory, is_out_of_memory, out_of_memory_said, without_frames
 from tuner.peft.full import Full
 from tuner.peft.lora import LoRA
 from tuner.row_limit import RowLimit
@@ -476,3 +476,12 @@ def test_an_evaluation_without_room_is_named(limit: RowLimit | None, said: str) 
         warnings.simplefilter("ignore")
         with pytest.raises(OutOfMemory, match=rf"^out of memory: evaluation with .*{said}"):
             evaluate(state.model, batches(), CPU, limit)
+
+
+def test_an_error_that_is_its_own_cause_has_an_end() -> None:
+    first, second = ValueError("first"), ValueError("second")
+    first.__cause__, second.__cause__ = second, first
+    assert not is_out_of_memory(first)
+    full = MemoryError()
+    full.__cause__ = full
+    assert str(without_frames(full, "out of memory")) == "out of memory"

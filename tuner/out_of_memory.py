@@ -76,19 +76,36 @@ def without_frames(error: BaseException, said: str) -> OutOfMemory:
     """
     told = OutOfMemory(said)
     told.add_note("".join(traceback.format_exception(error)).rstrip())
-    behind: BaseException | None = error
-    while behind is not None:
-        behind.__traceback__ = None
-        behind = behind.__cause__ or behind.__context__
+    for each in _with_all_behind(error):
+        each.__traceback__ = None
     return told
 
 
 def _culprit(error: BaseException) -> BaseException | None:
     """The error, or the first of its causes, that says memory could not be had."""
-    cause: BaseException | None = error
-    while cause is not None and not _says_so(cause):
-        cause = cause.__cause__
-    return cause
+    return next((each for each in _with_causes(error) if _says_so(each)), None)
+
+
+def _with_causes(error: BaseException) -> Iterator[BaseException]:
+    """The error, its cause, the cause of that, and so on; an error may be its own cause (`raise error from error`)."""
+    seen: set[int] = set()
+    each: BaseException | None = error
+    while each is not None and id(each) not in seen:
+        yield each
+        seen.add(id(each))
+        each = each.__cause__
+
+
+def _with_all_behind(error: BaseException) -> Iterator[BaseException]:
+    """The error and all that it was raised from or while handling."""
+    seen: set[int] = set()
+    waiting: list[BaseException | None] = [error]
+    while waiting:
+        each = waiting.pop()
+        if each is not None and id(each) not in seen:
+            yield each
+            seen.add(id(each))
+            waiting += [each.__cause__, each.__context__]
 
 
 def _says_so(error: BaseException) -> bool:
