@@ -97,7 +97,7 @@ def tensors_of(folder: Path) -> dict[str, Tensor]:
             "again with PEFT: save_pretrained(folder, safe_serialization=True)"
         )
     try:
-        # Tensors of their own: places in the file are at any address, which sums round by, and follow the header's length.
+        # With memory of their own: in the file they are at any address, by which sums are rounded.
         return {name: tensor.clone() for name, tensor in load_file(file).items()}
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{file}: {error}") from error
