@@ -22,9 +22,10 @@ slurm-demo: slurm-found $(VENV)/demo.installed
 slurm-found:
 	@$(PYTHON) tests/slurm/cluster.py true
 
-# CI=true runs the slow tests too, which take minutes.
+# CI=true runs the slow tests too, which take minutes. One process for each processor, but no more than memory is for
+# (2 GiB in most tests); a file's tests stay in one process, where they share what is made once for the file.
 test: $(VENV)/dev.installed
-	$(RUN) pytest $(if $(CI),-m '')
+	$(RUN) pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(if $(CI),-m '')
 
 lint: $(VENV)/dev.installed
 	$(RUN) ruff check

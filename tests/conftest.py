@@ -24,7 +24,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # The tests' tensors are small: on a machine of many cores more threads only wait for each other.
     # Threads that spin while they wait take the processor from other tests' processes.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    os.environ.setdefault("OMP_NUM_THREADS", str(min(4, os.cpu_count() or 1)))
+    processes = len(getattr(config.option, "tx", None) or ["this one"])  # xdist's workers, which inherit the number
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, min(4, os.cpu_count() or 1) // processes)))
     # Tests that a shell starts in the background ignore Ctrl-C, and so would the commands that they stop by it.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)

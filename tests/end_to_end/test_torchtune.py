@@ -24,7 +24,7 @@ def test_the_shell_gets_our_words(shell: Any) -> None:
     ]
 
 
-def yaml_of(shell: Any, model: str, keys: dict[str, Any]) -> str:
+def yaml_of(shell: Any, model: str, keys: dict[str, Any], more: dict[str, Any]) -> str:
     """A YAML over the tiny model's folder and the test's data, as a file beside them."""
     tree = {
         "output_dir": f"runs/{model}",
@@ -45,15 +45,15 @@ def yaml_of(shell: Any, model: str, keys: dict[str, Any]) -> str:
         "batch_size": 4,
         "epochs": 1,
         "max_steps_per_epoch": 3,
-        "gradient_accumulation_steps": 2,
         "optimizer": {"_component_": "torch.optim.AdamW", "lr": 1e-3},
         "loss": {"_component_": "torchtune.modules.loss.LinearCrossEntropyLoss"},
         "device": "cpu",
         "dtype": "fp32",
         "enable_activation_checkpointing": True,
-        "optimizer_in_bwd": True,
+        "log_level": "INFO",
         "metric_logger": {"_component_": "torchtune.training.metric_logging.DiskLogger", "log_dir": "${output_dir}"},
         "profiler": {"_component_": "torchtune.training.setup_torch_profiler", "enabled": False},
+        **more,
     }
     file = shell.folder / f"{model}.yaml"
     file.write_text(yaml.safe_dump(tree))
@@ -65,20 +65,22 @@ LORA = {"lora_attn_modules": ["q_proj", "v_proj"], "lora_rank": 4, "lora_alpha":
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("model", "keys", "left"),
+    ("model", "keys", "more", "left"),
     [
-        ("lora_llama2_7b", LORA, "adapter/adapter_model.safetensors"),
-        ("qlora_llama2_7b", LORA, "adapter/adapter_model.safetensors"),
-        ("llama2_7b", {}, "model/config.json"),
+        ("lora_llama2_7b", LORA, {"gradient_accumulation_steps": 2}, "adapter/adapter_model.safetensors"),
+        ("qlora_llama2_7b", LORA, {"gradient_accumulation_steps": 2}, "adapter/adapter_model.safetensors"),
+        ("llama2_7b", {}, {"optimizer_in_bwd": True}, "model/config.json"),
     ],
 )
-def test_a_yaml_runs_by_the_command_that_is_printed(shell: Any, model: str, keys: dict[str, Any], left: str) -> None:
+def test_a_yaml_runs_by_the_command_that_is_printed(
+    shell: Any, model: str, keys: dict[str, Any], more: dict[str, Any], left: str
+) -> None:
     if not (shell.folder / "base").exists():
         assert shell.inside(*TINY, *shell.data).code == 0
-    file = yaml_of(shell, model, keys)
+    file = yaml_of(shell, model, keys, more)
     done = shell.inside("cp", "--from-torchtune", file, f"mine/experiment/{model}.yaml")
     assert (done.code, done.err) == (0, "")
-    assert "  optimizer_in_bwd: true -- no optimizer step within backward" in done.out
+    assert "  log_level: INFO -- no levels: what is printed is also in run.log" in done.out
     validate, run = (line.partition(":")[2].strip() for line in done.out.splitlines()[1:3])
     checked = shell.line(validate)
     assert (checked.code, checked.err) == (0, "")
@@ -91,6 +93,8 @@ def test_a_yaml_runs_by_the_command_that_is_printed(shell: Any, model: str, keys
     assert f"trainable_params: {summary['trainable_params']}\n" in checked.out
     assert (out / left).is_file()
     config = yaml.safe_load((out / "config.yaml").read_text())
-    assert (config["train"]["batch_size"], config["train"]["gradient_accumulation_steps"], config["seed"]) == (4, 2, 3)
+    assert (config["train"]["batch_size"], config["seed"]) == (4, 3)
+    assert config["train"]["gradient_accumulation_steps"] == more.get("gradient_accumulation_steps", 1)
+    assert config["memory"]["optimizer_in_bwd"] is more.get("optimizer_in_bwd", False)
     assert config["memory"]["activation_checkpointing"] == "full"
     assert config["data"]["max_seq_len"] == 128

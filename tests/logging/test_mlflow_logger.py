@@ -484,22 +484,19 @@ def test_sync_after_a_live_run_has_nothing_to_add(store: str, run_info: MakeInfo
     assert len(_runs(store)) == 1
 
 
-def _beat(pid: int, start: str | None, machine: str, reason: str | None = None) -> str:
-    beat = Beat("here", machine, pid, str(start), time.time() + 3600, 1, 20, "again", reason)
+def _beat(start: str | None, reason: str | None = None) -> str:
+    """Of a process of this machine with this one's number: itself, or one before that began at another time."""
+    beat = Beat("here", machine_id(), os.getpid(), str(start), time.time() + 3600, 1, 20, "again", reason)
     return json.dumps(asdict(beat))
 
 
 @pytest.mark.parametrize(
-    ("beat", "said", "status"),
+    ("start", "reason", "said", "status"),
     [
-        (None, r"has no summary.json \(running, or killed\), so it stays RUNNING", "RUNNING"),
-        (_beat(os.getpid(), process_start(os.getpid()), machine_id()), "is running, so it stays RUNNING", "RUNNING"),
-        (
-            _beat(os.getpid(), "1", machine_id()),
-            r"was killed \(process .* on here is gone\), so it is KILLED",
-            "KILLED",
-        ),
-        (_beat(os.getpid(), "1", machine_id(), "no room"), r"failed \(no room\), so it is FAILED", "FAILED"),
+        (None, None, r"has no summary.json \(running, or killed\), so it stays RUNNING", "RUNNING"),
+        (process_start(os.getpid()), None, "is running, so it stays RUNNING", "RUNNING"),
+        ("1", None, r"was killed \(process .* on here is gone\), so it is KILLED", "KILLED"),
+        ("1", "no room", r"failed \(no room\), so it is FAILED", "FAILED"),
     ],
     ids=["unknown", "running", "killed", "failed"],
 )
@@ -508,7 +505,8 @@ def test_sync_of_a_run_that_has_not_said_how_it_ended(
     store: str,
     run_info: MakeInfo,
     monkeypatch: pytest.MonkeyPatch,
-    beat: str | None,
+    start: str | None,
+    reason: str | None,
     said: str,
     status: str,
     told: bool,
@@ -518,8 +516,8 @@ def test_sync_of_a_run_that_has_not_said_how_it_ended(
     disk = DiskLogger(info.out)
     disk.start(info)
     disk.log(1, {"train/loss": 1.0})
-    if beat is not None:
-        (info.out / HEARTBEAT).write_text(beat)
+    if start is not None:
+        (info.out / HEARTBEAT).write_text(_beat(start, reason))
         if told:
             disk.close("stopped", asdict(Summary("stopped", str(info.out))))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
@@ -532,7 +530,7 @@ def test_a_run_that_was_killed_is_the_same_one_when_it_goes_on_and_has_ended_wel
 ) -> None:
     info = run_info(logger={**_settings(), "tracking_uri": store})
     DiskLogger(info.out).start(info)
-    (info.out / HEARTBEAT).write_text(_beat(os.getpid(), "1", machine_id()))
+    (info.out / HEARTBEAT).write_text(_beat("1"))
     sync(info.out)
     killed = _only_run(store)
     assert (killed.info.status, killed.data.tags["status"]) == ("KILLED", "killed")
