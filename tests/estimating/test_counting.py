@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tuner.estimating.counting import PAGED, MemoryCount
@@ -61,6 +63,40 @@ def test_parts_have_peaks_of_their_own_and_kinds_may_be_said_later() -> None:
     assert peak(count, "before") == {"frozen_weights": KIB}
     assert peak(count, "forward") == {"frozen_weights": KIB, "activations": 4 * KIB, "temporary": 4 * KIB}
     assert peak(count, "loss") == {"frozen_weights": KIB, "activations": 4 * KIB, "temporary": 512}
+
+
+class Sum(torch.autograd.Function):
+    """Of two tensors; its backward pass adds in Python, where the operands live on until it returns."""
+
+    @staticmethod
+    def forward(ctx: Any, first: Tensor, second: Tensor) -> Tensor:
+        return first.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        total = grad * 2
+        total = total + grad.clone()
+        return total, None
+
+
+def test_autograd_adds_gradients_up_in_place_as_it_does_with_numbers() -> None:
+    with counting() as count:
+        weight = torch.empty(256, requires_grad=True)
+        sums = (weight * 2).sum(), (weight * 3).sum()
+        count.region = ("backward",)
+        torch.autograd.backward(sums)
+        del sums
+        assert weight.grad is not None
+    # The weight and two gradients, the sum in one of them; two losses and their gradients.
+    assert peak(count, "backward") == {"temporary": 3 * KIB + 4 * 4}
+
+    with counting() as count:
+        weight = torch.empty(256, requires_grad=True)
+        made = Sum.apply(weight, weight)  # type: ignore[no-untyped-call]
+        count.region = ("backward",)
+        made.backward(torch.empty(256))
+    # The weight and its detached twin's, the gradient, and a sum beside both of its operands.
+    assert peak(count, "backward") == {"temporary": 5 * KIB}
 
 
 def test_sizes_are_rounded_up_as_the_allocator_does() -> None:

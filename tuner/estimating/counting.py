@@ -8,14 +8,18 @@ step ten times as slow.
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import _engine_run_backward
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -27,6 +31,11 @@ PAGED = "paged_state"
 
 UNCOUNTED = {torch.ops.aten.detach.default, torch.ops.aten.view.default}
 """Operations that make no storage, passed by because they are most of all."""
+
+
+SUM = torch.ops.aten.add.Tensor
+ENGINE = _engine_run_backward.__code__
+PYTORCH = str(Path(torch.__file__).parent)
 
 
 class Allocation:
@@ -57,6 +66,7 @@ class MemoryCount(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._is_here = True
         self._events: list[tuple[Region, Allocation, int]] = []
         self._alive: dict[int, tuple[Allocation, weakref.ref[Any]]] = {}
+        self._sum: tuple[Allocation, set[int]] | None = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -65,6 +75,8 @@ class MemoryCount(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for tensor in tree_iter(out):
             if isinstance(tensor, Tensor):
                 self.add(tensor)
+        if func is SUM and called_by_autograd():
+            self._sum = (self._events[-1][1], {id(each.untyped_storage()) for each in args if isinstance(each, Tensor)})
         if (taken := self._inside.get(func)) is not None:
             passing = Allocation(taken(args, kwargs or {}, out), self.region)
             self._events += [(self.region, passing, 1), (self.region, passing, -1)]
@@ -82,8 +94,15 @@ class MemoryCount(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._events.append((self.region, allocation, 1))
 
     def _dropped(self, key: int) -> None:
+        """A gradient that autograd adds another to, and nobody else has, is where it puts the sum; of fake tensors it
+        makes a new one and drops both (`accumulate` in torch/csrc/autograd/input_buffer.cpp)."""
         allocation, _ = self._alive.pop(key)
-        self._events.append((self.region, allocation, -1))
+        event = (self.region, allocation, -1)
+        made, summed = self._sum or (None, set())
+        if made is self._events[-1][1] and key in summed and made.num_bytes == allocation.num_bytes:
+            self._events.insert(-1, event)
+        else:
+            self._events.append(event)
 
     def mark(self, tensors: Iterable[Tensor], kind: str) -> None:
         """Say what tensors are, counting those that are not yet counted."""
@@ -127,3 +146,14 @@ class MemoryCount(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if total > largest[region]:
                 largest[region], found[region] = total, dict(now)
         return found
+
+
+def called_by_autograd() -> bool:
+    """Whether the operation that is dispatched is one of autograd's engine, and not of a function's backward pass."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not ENGINE:
+        code = frame.f_code
+        if code.co_name != "__torch_dispatch__" and not code.co_filename.startswith(PYTORCH):
+            return False
+        frame = frame.f_back
+    return frame is not None
