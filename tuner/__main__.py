@@ -180,6 +180,15 @@ def reported(call: Callable[[], Any], debug: bool) -> int:
         # The reader has gone, as in `tuner ls | head -1`; Python would complain once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except Exception as error:
+        from tuner.out_of_memory import is_out_of_memory, what_was_asked
+
+        if not is_out_of_memory(error):
+            raise
+        if debug:
+            traceback.print_exc()
+        print(f"error: out of memory: {what_was_asked(error)}", file=sys.stderr)
+        return TunerError.exit_code
 
 
 def overview() -> str:

@@ -15,6 +15,7 @@ import torch
 import tuner.fit
 import tuner.loop
 import tuner.train
+import tuner.verbs.source
 from tuner.out_of_memory import ADVICE
 
 ROWS = 256
@@ -128,6 +129,34 @@ def test_an_evaluation_goes_on_in_halves(shell: Any, words: list[str], monkeypat
     for name in ("val_loss_before", "val_loss"):
         assert summary(shell, "halves")[name] == pytest.approx(summary(shell, "room")[name], rel=1e-6)
     assert summary(shell, "halves")["batch_size_used"] == 8
+
+
+def test_other_verbs_say_it_too(shell: Any, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert shell.inside(*words, "peft=lora", "out=trained").code == 0
+    whole = shell.inside("evaluate", "run=trained", *shell.data)
+    summed = tuner.loop.summed_loss
+
+    def limited(model: Any, batch: Any) -> float:
+        if batch.num_rows > 3:
+            raise torch.OutOfMemoryError("full")
+        return summed(model, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tuner.loop, "summed_loss", limited)
+        with pytest.warns(UserWarning, match="out of memory: evaluation with batches of ") as warned:
+            halved = shell.inside("evaluate", "run=trained", *shell.data)
+    assert halved.code == whole.code == 0
+    assert len(warned) == 2
+    loss, expected = (float(done.out.partition("val_loss: ")[2].split()[0]) for done in (halved, whole))
+    assert loss == pytest.approx(expected, rel=1e-6)
+
+    def full(*words: Any, **more: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(tuner.verbs.source, "load_base", full)
+    for verb in (["generate", "prompt=x"], ["merge", "dest=merged"], ["evaluate", *shell.data]):
+        done = shell.inside(verb[0], "run=trained", *verb[1:])
+        assert (done.code, done.err) == (2, "error: out of memory: CUDA out of memory. Tried to allocate 2.00 GiB\n")
 
 
 @pytest.mark.slow
