@@ -29,11 +29,13 @@ from tuner.peft.adapted import AdapterPart
 from tuner.peft.adapter_folder import has_adapter, load_adapter
 from tuner.peft.layernorm import tuned_norms
 from tuner.peft.token_rows import TokenRows, row_layers
+from tuner.precision.cpu_products import multiply_through_fp32
 from tuner.quantization.none import NoQuantization
 from tuner.types import ChangesWeights, FrozenLinear, OptimizerPlace, Peft, Precision, Quantization, StepsInBackward
 from tuner.vocabulary import expected_tokens, rows_brought
 
 UNQUANTIZED = NoQuantization()
+SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 
 
 class MemoryTechniques(Protocol):
@@ -126,6 +128,8 @@ def load_base(
     model.tie()
     add_rows(model, new_tokens)
     model.use_kernels("cuda" if device.type == "cuda" else "cpu")
+    if device.type == "cpu" and dtype in SIXTEEN_BITS:
+        multiply_through_fp32()
     return model.requires_grad_(False).eval()
 
 
@@ -169,6 +173,8 @@ def compute_in(model: Decoder, precision: Precision) -> None:
     if precision.held == precision.compute:
         return
     dtype: torch.dtype = getattr(torch, precision.compute)
+    if model.device_type == "cpu":
+        multiply_through_fp32()
     model.compute_in(dtype)
     for module in model.modules():
         if isinstance(module, FrozenLinear):

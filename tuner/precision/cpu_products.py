@@ -1,0 +1,200 @@
+"""Products in 16 bits on a CPU that has no instructions for them.
+
+PyTorch multiplies bfloat16 and float16 matrices through oneDNN where the CPU has AVX-512 or better. Elsewhere it has
+loops of its own, 8 to 90 times as slow as its fp32 product (benchmarks/cpu_products.md). Here the operands are cast to
+fp32 a piece at a time and multiplied, and the sum is rounded once, as by instructions in 16 bits, which sum in fp32.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PIECE = 2**20
+"""Numbers of a piece, 4 MiB in fp32: what is cast is still near the processor when it is multiplied."""
+
+FEW_ROWS = 2
+"""Up to so many rows PyTorch's own loop over a transposed matrix, which reads it once, is the faster one."""
+
+CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+
+_registered: list[torch.library.Library] = []
+
+
+def without_instructions() -> frozenset[torch.dtype]:
+    """The formats in 16 bits that oneDNN does not multiply in on this CPU."""
+    supported = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported(),
+    }
+    return frozenset(dtype for dtype, is_fast in supported.items() if not is_fast)
+
+
+def multiply_through_fp32() -> None:
+    """From here on this process multiplies so in the formats of `without_instructions`; a second call does nothing.
+
+    PyTorch's kernels of CPU tensors are replaced, since autograd, attention and other libraries call them too. Tensors
+    of other formats get PyTorch's as before.
+    """
+    if _registered or not without_instructions():
+        return
+    # It lives on in the list: what it registers goes with it.
+    library = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"[\s\S]*Overriding a previously registered kernel")
+        for name, (kernel, tensors) in KERNELS.items():
+            native = torch.library.get_kernel(f"aten::{name}", "CPU")
+            library.impl(name, _chosen(kernel, native, tensors), "CPU")  # type: ignore[no-untyped-call]
+    _registered.append(library)
+
+
+def product_bytes(a: Tensor, b: Tensor, *, adds: bool = False) -> int:
+    """Bytes that a product has in fp32 at once beside operands and result; of fake tensors too, and of any CPU.
+
+    Args:
+        a: [M, K] or [batch, M, K].
+        b: [K, N] or [batch, K, N].
+        adds: whether the product is added to something, which is cast too.
+    """
+    if _native_is_fast(a, b):
+        return 0
+    M, K, N = a.shape[-2], a.shape[-1], b.shape[-1]
+    step = _step(a, b)
+    if a.dim() == 3:
+        matrices = min(step, a.shape[0])
+        whole, operands, part = 0, matrices * (M * K + K * N), matrices * M * N
+    elif max(M, N) > K:
+        longest, other = max(M, N), min(M, N)
+        whole, operands, part = K * other, min(step, longest) * K, min(step, longest) * other
+    else:
+        whole, operands, part = 0, min(step, K) * (M + N), M * N
+    return 4 * (whole + part + max(operands, part if adds else 0))
+
+
+def attention_bytes(grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor) -> int:
+    """Bytes that the backward pass of fused attention has in fp32 at once: its operands and its gradients."""
+    operands = (grad_out, query, key, value, out)
+    return 4 * sum(each.numel() for each in (*operands, query, key, value))
+
+
+def _native_is_fast(a: Tensor, b: Tensor) -> bool:
+    return a.shape[-2] <= FEW_ROWS and b.stride(-2) == 1
+
+
+def _step(a: Tensor, b: Tensor) -> int:
+    """Of how many matrices, or of how many indices along the longest dimension, a piece is."""
+    M, K, N = a.shape[-2], a.shape[-1], b.shape[-1]
+    return max(1, PIECE // (max(M * K, K * N, M * N) if a.dim() == 3 else sorted((M, K, N))[1]))
+
+
+def _chosen(kernel: Callable[..., Any], native: Any, tensors: slice) -> Callable[..., Any]:
+    """`kernel` where all tensors, which are at those places and `out`, have one format that needs it, and PyTorch's
+    elsewhere; the last two are multiplied."""
+    slow = without_instructions()
+
+    def chosen(*args: Any, **kwargs: Any) -> Any:
+        given = args[tensors]
+        formats = {each.dtype for each in given} | ({kwargs["out"].dtype} if "out" in kwargs else set())
+        if len(formats) > 1 or not formats <= slow or _native_is_fast(*given[-2:]):
+            return native.call_boxed(CPU, *args, **kwargs)
+        return kernel(native, *args, **kwargs)
+
+    return chosen
+
+
+def _steps(a: Tensor, b: Tensor) -> Iterator[tuple[Any, Tensor]]:
+    """Parts of the result in fp32, each with its place in it."""
+    if a.shape[-1] != b.shape[-2]:
+        raise RuntimeError(f"matrices {list(a.shape)} and {list(b.shape)} cannot be multiplied")
+    step = _step(a, b)
+    if a.dim() == 3:
+        for at in (slice(i, i + step) for i in range(0, a.shape[0], step)):
+            yield at, torch.bmm(a[at].float(), b[at].float())
+        return
+    (M, K), N = a.shape, b.shape[1]
+    if M > K and M > N:
+        whole = b.float()
+        for at in (slice(i, i + step) for i in range(0, M, step)):
+            yield at, a[at].float() @ whole
+    elif N > K:  # and not less than M
+        whole = a.float()
+        for at in (slice(i, i + step) for i in range(0, N, step)):
+            yield (slice(None), at), whole @ b[:, at].float()
+    else:
+        total = a.new_zeros(M, N, dtype=torch.float32)
+        for at in (slice(i, i + step) for i in range(0, K, step)):
+            total.addmm_(a[:, at].float(), b[at].float())
+        yield slice(None), total
+
+
+def _into(
+    out: Tensor, a: Tensor, b: Tensor, added: Tensor | None = None, beta: float = 1.0, alpha: float = 1.0
+) -> Tensor:
+    """out = beta * added + alpha * a @ b, rounded once; `added` may be `out`."""
+    added = None if added is None or beta == 0 else added.expand_as(out)
+    for at, part in _steps(a, b):
+        if alpha != 1:
+            part.mul_(alpha)
+        if added is not None:
+            part.add_(added[at], alpha=beta)
+        out[at] = part
+        del part
+    return out
+
+
+def _new(a: Tensor, b: Tensor) -> Tensor:
+    return a.new_empty(*a.shape[:-1], b.shape[-1])
+
+
+def _mm(native: Any, a: Tensor, b: Tensor) -> Tensor:
+    return _into(_new(a, b), a, b)
+
+
+def _mm_out(native: Any, a: Tensor, b: Tensor, *, out: Tensor) -> Tensor:
+    return _into(out.resize_(*a.shape[:-1], b.shape[-1]), a, b)
+
+
+def _addmm(native: Any, added: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    return _into(_new(a, b), a, b, added, beta, alpha)
+
+
+def _addmm_out(
+    native: Any, added: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1, out: Tensor
+) -> Tensor:
+    return _into(out.resize_(*a.shape[:-1], b.shape[-1]), a, b, added, beta, alpha)
+
+
+def _addmm_(native: Any, added: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    return _into(added, a, b, added, beta, alpha)
+
+
+def _attention_backward(
+    native: Any, grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, *rest: Any, **more: Any
+) -> tuple[Tensor, ...]:
+    mask = more.get("attn_mask")
+    if mask is not None and mask.is_floating_point():
+        more["attn_mask"] = mask.float()
+    tensors = [each.float() for each in (grad_out, query, key, value, out)]
+    return tuple(each.to(query.dtype) for each in native.call_boxed(CPU, *tensors, *rest, **more))
+
+
+Kernel = tuple[Callable[..., Any], slice]
+"""What multiplies through fp32, from PyTorch's kernel and the arguments, and where tensors are among these."""
+
+PRODUCTS: dict[str, Kernel] = {
+    **dict.fromkeys(("mm", "bmm"), (_mm, slice(0, 2))),
+    **dict.fromkeys(("mm.out", "bmm.out"), (_mm_out, slice(0, 2))),
+    **dict.fromkeys(("addmm", "baddbmm"), (_addmm, slice(0, 3))),
+    **dict.fromkeys(("addmm.out", "baddbmm.out"), (_addmm_out, slice(0, 3))),
+    **dict.fromkeys(("addmm_", "baddbmm_"), (_addmm_, slice(0, 3))),
+}
+"""By operation of `aten`."""
+
+ATTENTION_BACKWARD = "_scaled_dot_product_flash_attention_for_cpu_backward"
+
+KERNELS: dict[str, Kernel] = {**PRODUCTS, ATTENTION_BACKWARD: (_attention_backward, slice(0, 5))}
+"""All that is registered."""
