@@ -35,7 +35,6 @@ from tuner.types import ChangesWeights, FrozenLinear, OptimizerPlace, Peft, Prec
 from tuner.vocabulary import expected_tokens, rows_brought
 
 UNQUANTIZED = NoQuantization()
-SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 
 
 class MemoryTechniques(Protocol):
@@ -128,8 +127,8 @@ def load_base(
     model.tie()
     add_rows(model, new_tokens)
     model.use_kernels("cuda" if device.type == "cuda" else "cpu")
-    if device.type == "cpu" and dtype in SIXTEEN_BITS:
-        multiply_through_fp32()
+    if device.type == "cpu":
+        multiply_through_fp32()  # whatever the weights have: mixed precision and Muon multiply in 16 bits too
     return model.requires_grad_(False).eval()
 
 
@@ -173,8 +172,6 @@ def compute_in(model: Decoder, precision: Precision) -> None:
     if precision.held == precision.compute:
         return
     dtype: torch.dtype = getattr(torch, precision.compute)
-    if model.device_type == "cpu":
-        multiply_through_fp32()
     model.compute_in(dtype)
     for module in model.modules():
         if isinstance(module, FrozenLinear):

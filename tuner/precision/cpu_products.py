@@ -37,8 +37,8 @@ def without_instructions() -> frozenset[torch.dtype]:
 def multiply_through_fp32() -> None:
     """From here on this process multiplies so in the formats of `without_instructions`; a second call does nothing.
 
-    PyTorch's kernels of CPU tensors are replaced, since autograd, attention and other libraries call them too. Tensors
-    of other formats get PyTorch's as before.
+    PyTorch's kernels of CPU tensors are replaced, since autograd, attention, optimizers and other libraries call them
+    too. Tensors of other formats get PyTorch's as before, some microseconds later.
     """
     if _registered or not without_instructions():
         return
@@ -98,10 +98,11 @@ def _chosen(kernel: Callable[..., Any], native: Any, tensors: slice) -> Callable
 
     def chosen(*args: Any, **kwargs: Any) -> Any:
         given = args[tensors]
-        formats = {each.dtype for each in given} | ({kwargs["out"].dtype} if "out" in kwargs else set())
-        if len(formats) > 1 or not formats <= slow or _native_is_fast(*given[-2:]):
-            return native.call_boxed(CPU, *args, **kwargs)
-        return kernel(native, *args, **kwargs)
+        if given[0].dtype in slow and not _native_is_fast(*given[-2:]):
+            others = (*given[1:], kwargs["out"]) if "out" in kwargs else given[1:]
+            if all(each.dtype == given[0].dtype for each in others):
+                return kernel(native, *args, **kwargs)
+        return native.call_boxed(CPU, *args, **kwargs)
 
     return chosen
 
