@@ -5,10 +5,13 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import yaml
+
 from tuner.__main__ import reported
 from tuner.errors import ConfigError, nearest
 
 VERBS = {"trial": "run one trial's folder as it was frozen", "status": "the table of a sweep folder"}
+TRUST = "trust_targets="
 
 
 def main() -> None:
@@ -29,12 +32,33 @@ def dispatch(words: list[str]) -> None:
     name, *rest = words
     if name not in VERBS:
         raise ConfigError(f"{name}: no such verb; {nearest(name, VERBS)}")
-    if len(rest) != 1:
-        raise ConfigError(f"{name} takes DIR; given: {' '.join(rest) or 'nothing'}")
-    {"trial": trial, "status": status}[name](Path(rest[0]).absolute())
+    trusts = name == "trial" and len(rest) == 2 and rest[1].startswith(TRUST)
+    if len(rest) != 1 and not trusts:
+        takes = f"DIR [{TRUST}[...]]" if name == "trial" else "DIR"
+        raise ConfigError(f"{name} takes {takes}; given: {' '.join(rest) or 'nothing'}")
+    folder = Path(rest[0]).absolute()
+    if name == "status":
+        status(folder)
+    else:
+        trial(folder, trusted_by(rest[1]) if trusts else [])
 
 
-def trial(out: Path) -> None:
+def trusted_by(word: str) -> list[str]:
+    """What `trust_targets=[a,b]` lists.
+
+    Raises:
+        ConfigError: it is no list of words.
+    """
+    try:
+        found = yaml.safe_load(word.removeprefix(TRUST))
+    except yaml.YAMLError:
+        found = None
+    if not isinstance(found, list) or not all(isinstance(each, str) for each in found):
+        raise ConfigError(f"{word}: no list of dotted prefixes, as {TRUST}[my_package]")
+    return found
+
+
+def trial(out: Path, trusted: list[str]) -> None:
     """Run one trial here, in the foreground; it reaches MLflow whoever was to bring it there."""
     from sweeper.tracking import publish
     from sweeper.trial import CONFIG, run_trial
@@ -42,7 +66,7 @@ def trial(out: Path) -> None:
     if not (out / CONFIG).is_file():
         raise ConfigError(f"{out} is not a trial's folder: it has no {CONFIG}")
     try:
-        run_trial(out)
+        run_trial(out, trusted)
     finally:
         if problem := publish(out):
             print(f"warning: MLflow: {problem}", file=sys.stderr)

@@ -13,6 +13,9 @@ import pytest
 import torch
 import yaml
 
+from sweeper.__main__ import dispatch as sweeper
+from sweeper.trial import command
+from tuner.errors import TunerError
 from tuner.tokenizers.tiny import write_tiny_tokenizer
 from tuner.types import Precision
 
@@ -165,3 +168,29 @@ def test_the_printed_commands_of_a_run_with_trust_repeat_it(
     (without,) = (word for word in shlex.split(command) if word.startswith("run="))
     refused = shell.inside("evaluate", without)
     assert (refused.code, "precision._target_=my_precisions.half: not among the classes" in refused.err) == (2, True)
+
+
+def test_a_trial_gives_itself_no_trust(
+    shell: Any, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A sweep trusts what its command says; whoever runs a trial's folder alone says it again, as it is printed."""
+    module = "from tuner.types import Precision\n\n\ndef half():\n    return Precision('bf16', 'bfloat16', 'auto')\n"
+    (tmp_path / "my_precisions.py").write_text(module)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    words = ["model=llama", f"model.path={base}", *shell.data, *STEPS, "seed=1,2", "~precision.trainable"]
+    trusted = ["trust_targets=[my_precisions]", "precision._target_=my_precisions.half"]
+    done = shell.inside("-m", *words, *trusted, "hydra.sweep.dir=trusting_sweep")
+    assert done.code == 0, done.err
+    out = next(file.parent for file in (shell.folder / "trusting_sweep").glob("*/summary.json"))
+    (out / "summary.json").unlink()
+    assert command(out) == f"python -m sweeper trial {out} 'trust_targets=[my_precisions]'"
+    for more in ([], ["trust_targets=[another]"]):
+        with pytest.raises(TunerError, match=r"precision\._target_=my_precisions\.half: not among the classes"):
+            sweeper(["trial", str(out), *more])
+    for wrong in ("trust_targets=my_precisions", "trust_targets=[1]", "trust_targets=["):
+        with pytest.raises(TunerError, match="no list of dotted prefixes, as trust_targets="):
+            sweeper(["trial", str(out), wrong])
+    with pytest.raises(TunerError, match=r"^trial takes DIR \[trust_targets=\[\.\.\.\]\]; given: "):
+        sweeper(["trial", str(out), "seed=3"])
+    sweeper(shlex.split(command(out))[3:])
+    assert json.loads((out / "summary.json").read_text())["status"] == "finished"
