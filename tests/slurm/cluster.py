@@ -190,11 +190,7 @@ class Cluster:
         By SIGKILL: nothing is worth saving, and asked to end, daemons wait for jobs that may ignore their signals.
         """
         _kill([self._pid(name) for name in self._started() if self._alive(name)])  # from here on no job starts
-        end = time.monotonic() + STOP_TIMEOUT_S
-        while left := self._job_processes():  # once more, as a process may have started another meanwhile
-            _kill(left)
-            if time.monotonic() > end:
-                raise ClusterError(f"processes {sorted(left)} of {self.folder} come back")
+        self._kill_jobs()
         for name in self._started():
             self._forget(name)
 
@@ -207,6 +203,7 @@ class Cluster:
         self._require_node(name)
         # Keepers first, or one of them would have told the controller that its job has failed.
         _kill([self._pid(name), *sorted(self._job_processes(name), key=lambda pid: _name(pid) not in KEEPERS)])
+        self._kill_jobs(name)
         self._forget(name)
 
     def lose_node(self, name: str) -> None:
@@ -375,6 +372,14 @@ class Cluster:
     def _is_mine(self, pid: int, *variables: str) -> bool:
         environment = _environment(pid)
         return all(wanted.encode() in environment for wanted in (f"SLURM_CONF={self._conf}", *variables))
+
+    def _kill_jobs(self, node: str | None = None) -> None:
+        """SIGKILL until none is left: a process may have started another while those were sought that are killed."""
+        end = time.monotonic() + STOP_TIMEOUT_S
+        while left := self._job_processes(node):
+            _kill(left)
+            if time.monotonic() > end:
+                raise ClusterError(f"processes {sorted(left)} of {self.folder} come back")
 
     def _job_processes(self, node: str | None = None) -> set[int]:
         """Jobs (on that node), what they have started, and their keepers; not commands that talk to the cluster."""

@@ -52,27 +52,22 @@ def multiply_through_fp32() -> None:
     _registered.append(library)
 
 
-def product_bytes(a: Tensor, b: Tensor, *, adds: bool = False) -> int:
+def product_bytes(a: Tensor, b: Tensor) -> int:
     """Bytes that a product has in fp32 at once beside operands and result; of fake tensors too, and of any CPU.
 
     Args:
         a: [M, K] or [batch, M, K].
         b: [K, N] or [batch, K, N].
-        adds: whether the product is added to something, which is cast too.
     """
     if _native_is_fast(a, b):
         return 0
     M, K, N = a.shape[-2], a.shape[-1], b.shape[-1]
     step = _step(a, b)
     if a.dim() == 3:
-        matrices = min(step, a.shape[0])
-        whole, operands, part = 0, matrices * (M * K + K * N), matrices * M * N
-    elif max(M, N) > K:
-        longest, other = max(M, N), min(M, N)
-        whole, operands, part = K * other, min(step, longest) * K, min(step, longest) * other
-    else:
-        whole, operands, part = 0, min(step, K) * (M + N), M * N
-    return 4 * (whole + part + max(operands, part if adds else 0))
+        return 4 * min(step, a.shape[0]) * (M * K + K * N + M * N)
+    longest = max(M, K, N)
+    whole = M * K * N // longest if longest else 0  # what has not that dimension is there as a whole
+    return 4 * (whole + min(step, longest) * (M + K + N - longest))
 
 
 def attention_bytes(grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor) -> int:
@@ -107,44 +102,51 @@ def _chosen(kernel: Callable[..., Any], native: Any, tensors: slice) -> Callable
     return chosen
 
 
-def _steps(a: Tensor, b: Tensor) -> Iterator[tuple[Any, Tensor]]:
-    """Parts of the result in fp32, each with its place in it."""
-    if a.shape[-1] != b.shape[-2]:
-        raise RuntimeError(f"matrices {list(a.shape)} and {list(b.shape)} cannot be multiplied")
-    step = _step(a, b)
-    if a.dim() == 3:
-        for at in (slice(i, i + step) for i in range(0, a.shape[0], step)):
-            yield at, torch.bmm(a[at].float(), b[at].float())
-        return
-    (M, K), N = a.shape, b.shape[1]
-    if M > K and M > N:
-        whole = b.float()
-        for at in (slice(i, i + step) for i in range(0, M, step)):
-            yield at, a[at].float() @ whole
-    elif N > K:  # and not less than M
-        whole = a.float()
-        for at in (slice(i, i + step) for i in range(0, N, step)):
-            yield (slice(None), at), whole @ b[:, at].float()
-    else:
-        total = a.new_zeros(M, N, dtype=torch.float32)
-        for at in (slice(i, i + step) for i in range(0, K, step)):
-            total.addmm_(a[:, at].float(), b[at].float())
-        yield slice(None), total
-
-
 def _into(
     out: Tensor, a: Tensor, b: Tensor, added: Tensor | None = None, beta: float = 1.0, alpha: float = 1.0
 ) -> Tensor:
     """out = beta * added + alpha * a @ b, rounded once; `added` may be `out`."""
-    added = None if added is None or beta == 0 else added.expand_as(out)
-    for at, part in _steps(a, b):
-        if alpha != 1:
-            part.mul_(alpha)
-        if added is not None:
-            part.add_(added[at], alpha=beta)
-        out[at] = part
-        del part
+    if a.shape[-1] != b.shape[-2]:
+        raise RuntimeError(f"matrices {list(a.shape)} and {list(b.shape)} cannot be multiplied")
+    begun = None if added is None or beta == 0 else added.expand_as(out)
+    if a.dim() == 2 and a.shape[1] >= max(out.shape) > 0:
+        total = None if begun is None else begun.float()
+        for at in _slices(a.shape[1], _step(a, b)):
+            total = _sum(total, a[:, at].float(), b[at].float(), beta, alpha)
+            beta = 1.0
+        return out.copy_(total)  # type: ignore[arg-type]
+    for at, of_a, of_b in _operands(a, b):
+        out[at] = _sum(None if begun is None else begun[at].float(), of_a, of_b, beta, alpha)
+        del of_a, of_b
     return out
+
+
+def _operands(a: Tensor, b: Tensor) -> Iterator[tuple[Any, Tensor, Tensor]]:
+    """Parts of the operands in fp32 whose product is a part of the result, and its place there."""
+    step = _step(a, b)
+    if a.dim() == 3:
+        for at in _slices(a.shape[0], step):
+            yield at, a[at].float(), b[at].float()
+    elif a.shape[0] > b.shape[1]:
+        whole = b.float()
+        for at in _slices(a.shape[0], step):
+            yield at, a[at].float(), whole
+    else:
+        whole = a.float()
+        for at in _slices(b.shape[1], step):
+            yield (slice(None), at), whole, b[:, at].float()
+
+
+def _slices(size: int, step: int) -> list[slice]:
+    return [slice(begin, begin + step) for begin in range(0, size, step)]
+
+
+def _sum(begun: Tensor | None, a: Tensor, b: Tensor, beta: float, alpha: float) -> Tensor:
+    """beta * begun + alpha * a @ b in fp32, in the place of `begun` if there is one."""
+    if begun is not None:
+        return (begun.addmm_ if begun.dim() == 2 else begun.baddbmm_)(a, b, beta=beta, alpha=alpha)
+    product = a @ b
+    return product if alpha == 1 else product.mul_(alpha)
 
 
 def _new(a: Tensor, b: Tensor) -> Tensor:
