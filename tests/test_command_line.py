@@ -262,7 +262,7 @@ def test_hydras_info(switch: str, tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 def test_tab_completion(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setenv("COMP_LINE", "tuner optimizer=paged")
+    monkeypatch.setenv("COMP_LINE", "tuner optimizer=paged_adam")
     assert tuner_command("-sc", "query=bash") == 0
     assert capsys.readouterr().out.split() == ["optimizer=paged_adamw", "optimizer=paged_adamw8bit"]
 

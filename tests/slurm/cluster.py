@@ -36,6 +36,8 @@ FOLDERS = ("etc", "run", "log", "dev", "spool", "state")
 START_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 10.0
 POLL_S = 0.05
+LONGEST_SOCKET = 107
+"""Bytes of a Unix socket's path (sun_path, unix(7)), without the byte that ends it."""
 
 # What is not obvious here, times as measured with SLURM 22.05:
 # - cred_expire: a job that was requeued waits until the credential of its first start has expired, 120 s by default.
@@ -169,9 +171,10 @@ class Cluster:
         """Bring the cluster up; returns when all nodes take jobs, after 1 to 2 s.
 
         Raises:
-            ClusterError: SLURM is not installed, the user is not root, or a daemon ended or did not answer in time.
+            ClusterError: SLURM is not installed, the user is not root, the folder's path is too long, or a daemon ended or
+                did not answer in time.
         """
-        reason = missing()
+        reason = missing() or self._too_long()
         if reason:
             raise ClusterError(reason)
         self.stop()  # what a process that was killed has left here
@@ -372,6 +375,13 @@ class Cluster:
     def _is_mine(self, pid: int, *variables: str) -> bool:
         environment = _environment(pid)
         return all(wanted.encode() in environment for wanted in (f"SLURM_CONF={self._conf}", *variables))
+
+    def _too_long(self) -> str | None:
+        """What is wrong with the folder's path: a step's socket does not fit, and its job would be held for good."""
+        name = self.nodes[-1]
+        socket_of_step = f"{self.folder}/spool/{name}/{name}_99999.4294967291"
+        excess = len(os.fsencode(socket_of_step)) - LONGEST_SOCKET
+        return f"{self.folder}: {excess} bytes too long for the daemons' sockets" if excess > 0 else None
 
     def _kill_jobs(self, node: str | None = None) -> None:
         """SIGKILL until none is left: a process may have started another while those were sought that are killed."""

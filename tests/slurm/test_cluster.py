@@ -167,6 +167,13 @@ def test_a_cluster_that_does_not_come_up_shows_its_logs(tmp_path: Path) -> None:
     assert processes(tmp_path) == []
 
 
+def test_a_path_that_is_too_long_for_sockets_is_an_error_and_no_job_that_waits_for_good(tmp_path: Path) -> None:
+    folder = tmp_path / ("x" * 60)
+    with pytest.raises(ClusterError, match="bytes too long for the daemons' sockets"):
+        Cluster(folder).start()
+    assert not folder.exists()
+
+
 def run_script(tmp_path: Path, *words: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, str(SCRIPT), "--nodes", "2", *words],
