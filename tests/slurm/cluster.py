@@ -171,8 +171,8 @@ class Cluster:
         """Bring the cluster up; returns when all nodes take jobs, after 1 to 2 s.
 
         Raises:
-            ClusterError: SLURM is not installed, the user is not root, the folder's path is too long, or a daemon ended or
-                did not answer in time.
+            ClusterError: SLURM is not installed, the user is not root, the folder's path is too long for sockets, or a
+                daemon ended or did not answer in time.
         """
         reason = missing() or self._too_long()
         if reason:
