@@ -1,7 +1,7 @@
 """Products in 16 bits on a CPU that has no instructions for them.
 
 PyTorch multiplies bfloat16 and float16 matrices through oneDNN where the CPU has AVX-512 or better. Elsewhere it has
-loops of its own, 8 to 90 times as slow as its fp32 product (benchmarks/cpu_products.md). Here the operands are cast to
+loops of its own, up to 97 times as slow as its fp32 product (benchmarks/cpu_products.md). Here the operands are cast to
 fp32 a piece at a time and multiplied, and the sum is rounded once, as by instructions in 16 bits, which sum in fp32.
 """
 
