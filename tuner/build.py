@@ -110,6 +110,8 @@ def load_base(
     Raises:
         ModelError: weights that are missing, damaged or of another shape.
     """
+    if device.type == "cpu":
+        multiply_through_fp32()  # whatever the weights have: mixed precision and Muon multiply in 16 bits too
     with torch.device("meta"):
         model = config.build()
     slots = {slot.path: slot for slot in model.quantizable()}
@@ -127,8 +129,6 @@ def load_base(
     model.tie()
     add_rows(model, new_tokens)
     model.use_kernels("cuda" if device.type == "cuda" else "cpu")
-    if device.type == "cpu":
-        multiply_through_fp32()  # whatever the weights have: mixed precision and Muon multiply in 16 bits too
     return model.requires_grad_(False).eval()
 
 
