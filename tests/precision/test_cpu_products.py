@@ -168,6 +168,9 @@ def test_what_cannot_be_multiplied_is_an_error(dtype: torch.dtype) -> None:
         lambda: torch.mm(square, torch.ones(5, 4, dtype=dtype)),
         lambda: torch.mm(square, torch.ones(3, 4, dtype=dtype)),
         lambda: torch.bmm(square[None], torch.ones(1, 5, 4, dtype=dtype)),
+        lambda: torch.bmm(square[None], square.expand(2, 4, 4)),
+        lambda: torch.bmm(square.expand(2, 4, 4), square[None]),
+        lambda: torch.ones(8, 4, dtype=dtype).addmm_(square, square, beta=0),
     ):
         with pytest.raises(RuntimeError):
             call()

@@ -106,8 +106,9 @@ def _into(
     out: Tensor, a: Tensor, b: Tensor, added: Tensor | None = None, beta: float = 1.0, alpha: float = 1.0
 ) -> Tensor:
     """out = beta * added + alpha * a @ b, rounded once; `added` may be `out`."""
-    if a.shape[-1] != b.shape[-2]:
-        raise RuntimeError(f"matrices {list(a.shape)} and {list(b.shape)} cannot be multiplied")
+    if a.shape[:-2] != b.shape[:-2] or a.shape[-1] != b.shape[-2] or out.shape != (*a.shape[:-1], b.shape[-1]):
+        shapes = ", ".join(str(list(each.shape)) for each in (a, b, out))
+        raise RuntimeError(f"matrices that cannot be multiplied, or not to such a result: {shapes}")
     begun = None if added is None or beta == 0 else added.expand_as(out)
     if a.dim() == 2 and a.shape[1] >= max(out.shape) > 0:
         total = None if begun is None else begun.float()
