@@ -228,6 +228,7 @@ def test_a_second_ctrl_c_in_a_trial_ends_the_sweep(runs: Runs) -> None:
     assert not GlobalHydra.instance().is_initialized()
 
 
+@pytest.mark.slow
 def test_switches_that_compose_are_among_the_words(runs: Runs, tmp_path: Path) -> None:
     (tmp_path / "mine" / "schedule").mkdir(parents=True)
     (tmp_path / "mine" / "schedule" / "own.yaml").write_text("defaults: [cosine, _self_]\nwarmup_steps: 9\n")

@@ -65,6 +65,7 @@ def test_the_structure_stays(name: str) -> None:
         assert 0 < small["rope_scaling"]["original_max_position_embeddings"] < small["max_position_embeddings"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_it_has_a_few_weights_and_a_tokenizer_that_fits_them(name: str) -> None:
     config = instantiate(compose([f"model={name}", "+scale=tiny"]).model)

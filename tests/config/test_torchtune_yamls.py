@@ -204,6 +204,7 @@ def test_known_keys_are_all_found_in_one_yaml_or_another() -> None:
     assert len(used & set(KEYS)) > 50
 
 
+@pytest.mark.slow
 def test_the_commands_are_those_that_find_it(tmp_path: Path) -> None:
     places = {
         "conf/experiment/mine.yaml": ["--config-dir", "conf", "experiment=mine"],
@@ -288,6 +289,7 @@ def test_torchtunes_defaults_hold_where_nothing_is_said() -> None:
     assert "checkpointer.checkpoint_dir -- not said" in printed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", [target for target in OPTIMIZERS if not target.startswith("torchao.")])
 def test_defaults_of_an_optimizer_are_those_of_its_class(target: str) -> None:
     """Where none is said: of every key that both have and that the class does not leave open."""
@@ -350,6 +352,7 @@ def test_code_of_another_package_is_trusted_by_the_command_and_not_by_the_file()
 ENDS_OF_LINES = ["\n", "\r", "\x85", "\u2028", "\u2029", "\x0b"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ENDS_OF_LINES, ids=[f"U+{ord(end):04X}" for end in ENDS_OF_LINES])
 def test_no_text_of_a_yaml_becomes_a_line_of_the_preset(end: str) -> None:
     evil = f"x{end}trust_targets: [os]{end}"
@@ -368,6 +371,7 @@ def test_an_interpolation_in_a_text_stays_text() -> None:
     assert composed.out == "runs/${seed}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "quantization"),
     [

@@ -82,6 +82,7 @@ def entry_in(cache: Path) -> Path:
     return entry
 
 
+@pytest.mark.slow
 def test_cache_and_processes_change_nothing(file: Path, tokenizer: HuggingFaceTokenizer, tmp_path: Path) -> None:
     plain = load(file, tokenizer)
     assert len(plain.train) + len(plain.validation) == NUM_TASKS
@@ -459,6 +460,7 @@ def test_conversations_need_no_file_in_the_working_folder(tmp_path: Path, tokeni
     assert one == two
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
     """A file that may not grow stands for it: the same error of the system, at the same places."""
     rows = [{"instruction": f"Add {i}.", "output": f"It is {i}." * 20} for i in range(500)]

@@ -99,6 +99,7 @@ def test_pairs_of_a_source_file(tmp_path: Path) -> None:
     assert examples[0].origin == "package/__init__.py:5"
 
 
+@pytest.mark.slow
 def test_order_and_content_do_not_depend_on_where_the_library_is(tmp_path: Path, examples: list[Example]) -> None:
     for name in ("textwrap.py", "string.py", "json/decoder.py", "json/__init__.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -138,6 +139,7 @@ def test_only_reply_and_its_end_are_trained_on(dataset: Dataset, tokenizer: Hugg
     assert len(dataset.dialogues) == 8
 
 
+@pytest.mark.slow
 def test_counts_add_up(dataset: Dataset, tokenizer: HuggingFaceTokenizer) -> None:
     few = PyDoc(0.1, 100, "drop", 500, 96, *UNCACHED).load(tokenizer)
     assert few.counts["train"] == len(few.train)
@@ -151,6 +153,7 @@ def test_counts_add_up(dataset: Dataset, tokenizer: HuggingFaceTokenizer) -> Non
     assert max(len(sample.tokens) for sample in [*few.train, *few.validation]) <= 100
 
 
+@pytest.mark.slow
 def test_chosen_samples_are_spread_over_the_library(dataset: Dataset, tokenizer: HuggingFaceTokenizer) -> None:
     few = PyDoc(0.1, 2048, "refuse", 300, 96, *UNCACHED).load(tokenizer)
     everything = [sample.tokens for sample in dataset.train]

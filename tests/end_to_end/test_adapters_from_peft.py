@@ -212,6 +212,7 @@ def test_an_adapter_on_the_head_of_a_tied_model_trains(shell: Any, base: Path, t
     assert theirs(shell.folder / "merged head") == pytest.approx(summary["val_loss"], abs=LOSS)
 
 
+@pytest.mark.slow
 def test_the_base_is_quantized_as_it_was_unless_the_words_say_otherwise(shell: Any, made: Path) -> None:
     first = trained(shell, "nf4", f"adapter={made}", "quantization=nf4", "quantization.block_size=32", "precision=bf16")
     assert first["trainable_dtype"] == "bfloat16+float32"  # the head and the norms are computed with as they are
@@ -271,6 +272,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], None], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [[], ["evaluate"]], ids=["run", "evaluate"])
 @pytest.mark.parametrize(("damage", "part"), FOLDERS.values(), ids=FOLDERS)
 def test_a_folder_that_cannot_be_loaded(

@@ -191,6 +191,7 @@ FOLDERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("damage", "part"), FOLDERS.values(), ids=FOLDERS)
 def test_model_folders(shell: Any, llama: Path, tmp_path: Path, damage: Callable[[Path], None], part: str) -> None:
     folder = shutil.copytree(llama, tmp_path / "llama")
@@ -232,6 +233,7 @@ DATA = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("text", "part"), DATA.values(), ids=DATA)
 def test_datasets(shell: Any, tmp_path: Path, text: str, part: str) -> None:
     file = tmp_path / "bad.jsonl"
@@ -281,6 +283,7 @@ def test_verbs(shell: Any, words: list[str], part: str) -> None:
     assert_one_clear_line(shell, shell.inside(*words), part)
 
 
+@pytest.mark.slow
 def test_the_shell_sees_the_same_and_a_traceback_only_on_demand(shell: Any, llama: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(llama, tmp_path / "llama")
     cut("model.safetensors", 100_000)(folder)
@@ -337,6 +340,7 @@ def test_a_disk_too_small_for_two_checkpoints_at_a_time_is_refused(shell: Any, d
     assert list(folder.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_run_whose_checkpoints_find_no_room_goes_on_where_that_is_asked_for(
     shell: Any, disk: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -366,6 +370,7 @@ def test_a_run_whose_checkpoints_find_no_room_goes_on_where_that_is_asked_for(
     assert json.loads((folder / "run" / "summary.json").read_text())["status"] == "finished"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kib_left", [0, 300])
 def test_a_disk_that_fills_up_says_what_remains(
     shell: Any, disk: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch, kib_left: int
@@ -417,6 +422,7 @@ def test_a_disk_that_fills_up_says_what_remains(
     assert [row["step"] for row in rows if "train/loss" in row] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.slow
 def test_bad_rows_are_listed_or_left_out_and_counted(shell: Any, tmp_path: Path) -> None:
     file = tmp_path / "rows.csv"
     rows = [f"Say {i}.,{i}" if i % 10 else f"Say {i}." for i in range(40)]

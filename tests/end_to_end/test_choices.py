@@ -88,12 +88,14 @@ def test_the_choices_are_all_there_are() -> None:
     assert set(options("precision")) >= {"fp32", "bf16", "amp_bf16", "amp_fp16", "bf16_stochastic"}
 
 
+@pytest.mark.slow
 def test_what_trains_is_kept_in_the_dtype_that_was_asked_for(shell: Any) -> None:
     assert trained(shell, "precision=bf16")[0]["trainable_dtype"] == "float32"
     assert trained(shell, "precision=bf16", "precision.trainable=bf16")[0]["trainable_dtype"] == "bfloat16"
     assert trained(shell, "precision=bf16", "peft=full")[0]["trainable_dtype"] == "bfloat16"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trainable", ["auto", "bf16"])
 def test_a_device_without_bf16_is_trained_in_fp32_and_the_records_say_so(
     trainable: str, shell: Any, monkeypatch: pytest.MonkeyPatch
@@ -116,6 +118,7 @@ def test_a_device_without_bf16_is_trained_in_fp32_and_the_records_say_so(
     assert facts["precision"] == "fp32"
 
 
+@pytest.mark.slow
 def test_epochs_are_what_decides_without_max_steps(shell: Any) -> None:
     words = ["train.max_steps=null", "train.epochs=2", "train.batch_size=32", "train.val_every_steps=null"]
     summary, out = trained(shell, *words)
@@ -141,6 +144,7 @@ def test_accumulation_equals_the_large_batch(shell: Any) -> None:
     assert small["tokens"] == large["tokens"]
 
 
+@pytest.mark.slow
 def test_full_training_leaves_a_model_that_transformers_loads(shell: Any) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -182,6 +186,7 @@ def test_a_run_of_any_precision_is_evaluated_as_it_was_trained(shell: Any, words
     assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16 if rounded else torch.float32}
 
 
+@pytest.mark.slow
 def test_tensorboard(shell: Any) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -29,6 +29,7 @@ def base(shell: Shell) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_without_a_template_the_error_names_those_that_fit(shell: Shell, base: Path) -> None:
     done = shell.inside(f"model.path={base}", *shell.data, *QUICK, "out=never")
     assert done.code == 2

@@ -79,6 +79,7 @@ def test_asked_for_again_it_is_shown_and_not_trained(shell: Any, words: list[str
     assert {path: path.stat().st_mtime_ns for path in early.rglob("*")} == before
 
 
+@pytest.mark.slow
 def test_stopped_on_its_way_it_ends_at_the_same_step(shell: Any, words: list[str], early: Path) -> None:
     add, steps = Speed.add, []
 

@@ -87,6 +87,7 @@ def logits_here(folder: Path, tokens: torch.Tensor, **how: Any) -> torch.Tensor:
 TOKENS = torch.randint(0, 352, (2, 60), generator=torch.Generator().manual_seed(0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_full_training_leaves_a_folder_of_its_family(family: str, shell: Any, folder_of: Callable[[str], Path]) -> None:
     folder_of(family)

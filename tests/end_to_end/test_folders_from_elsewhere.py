@@ -170,6 +170,7 @@ def test_the_printed_commands_of_a_run_with_trust_repeat_it(
     assert (refused.code, "precision._target_=my_precisions.half: not among the classes" in refused.err) == (2, True)
 
 
+@pytest.mark.slow
 def test_a_trial_gives_itself_no_trust(
     shell: Any, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

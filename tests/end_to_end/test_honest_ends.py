@@ -103,6 +103,7 @@ def test_a_bug_before_the_first_step_is_told_and_the_same_folder_begins_anew(
     assert (told["reason"], told["resume"], told["log_tail"]) == (None, None, [])
 
 
+@pytest.mark.slow
 def test_a_bug_while_training_is_told_with_the_last_lines(
     shell: Any, words: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -138,6 +139,7 @@ def test_a_bug_while_training_is_told_with_the_last_lines(
     assert (done.code, f"resumed at step 2 of {STEPS}" in done.out) == (0, True)
 
 
+@pytest.mark.slow
 def test_a_wrong_input_leaves_the_end_of_a_stopped_run_as_it_was(shell: Any, words: list[str]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tuner.train, "build_model", raises(KeyboardInterrupt()))
@@ -155,6 +157,7 @@ def test_a_wrong_input_leaves_the_end_of_a_stopped_run_as_it_was(shell: Any, wor
     assert summary(shell, "wrong")["status"] == "finished"
 
 
+@pytest.mark.slow
 def test_a_killed_run_that_cannot_be_continued_has_failed(shell: Any, words: list[str]) -> None:
     """Its folder did not say how it ended, so what is found out first is told."""
     assert shell.inside(*words, "out=damaged").code == 0

@@ -221,6 +221,7 @@ def test_a_run_goes_on_from_the_adapter(
     assert loss_of(shell.inside("evaluate", f"checkpoint={checkpoint}")) == expected
 
 
+@pytest.mark.slow
 def test_four_bits_and_bf16(shell: Any, base: Path, data: list[str], tmp_path: Path) -> None:
     words = ["peft=qlora", "precision=bf16", f"model.path={base}", NEW, *data]
     summary = trained(shell, tmp_path / "qlora", *words)

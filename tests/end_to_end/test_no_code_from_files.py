@@ -182,6 +182,7 @@ CALLS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group", CALLS)
 def test_a_configuration_of_a_run(shell: Any, foreign: Path, trace: Path, group: str) -> None:
     config = yaml.safe_load((foreign / "config.yaml").read_text())

@@ -112,6 +112,7 @@ def test_it_is_named_wherever_it_happens(
     assert told["log_tail"][-1].endswith("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
 
+@pytest.mark.slow
 def test_an_evaluation_goes_on_in_halves(shell: Any, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     summed = tuner.loop.summed_loss
 
@@ -131,6 +132,7 @@ def test_an_evaluation_goes_on_in_halves(shell: Any, words: list[str], monkeypat
     assert summary(shell, "halves")["batch_size_used"] == 8
 
 
+@pytest.mark.slow
 def test_other_verbs_say_it_too(shell: Any, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert shell.inside(*words, "peft=lora", "out=trained").code == 0
     whole = shell.inside("evaluate", "run=trained", *shell.data)

@@ -21,6 +21,7 @@ def epoch(shell: Any, packing: str, *words: str) -> tuple[dict[str, Any], list[d
     return summary, [row for row in shell.rows(out) if "train/loss" in row], done.out
 
 
+@pytest.mark.slow
 def test_an_epoch_trains_on_the_same_texts_in_fewer_positions(shell: Any) -> None:
     """Batches of about as many tokens: one row of 1024 for 8 samples."""
     found = {

@@ -89,6 +89,7 @@ def whole(shell: Any, streaming: list[str]) -> str:
     return "whole"
 
 
+@pytest.mark.slow
 def test_streaming_writes_no_prepared_data_and_learns(shell: Any, streaming: list[str], whole: str) -> None:
     assert shell.inside(*streaming, "data.cache_dir=elsewhere", "out=streamed").code == 0
     assert not (shell.folder / "elsewhere").exists()

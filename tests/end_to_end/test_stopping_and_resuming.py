@@ -65,12 +65,14 @@ def resume_line(text: str) -> str:
     return line.removeprefix("resume: ")
 
 
+@pytest.mark.slow
 def test_two_runs_of_one_configuration_are_equal(shell: Any, words: list[str], whole: str) -> None:
     done = shell.inside(*words, "logger=none", "out=again")
     assert done.code == 0
     assert_equal_runs(shell, "again", whole)
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_the_printed_command_continues_bitwise(shell: Any, words: list[str], whole: str) -> None:
     process = shell.start(*words, "out='my (stopped), run'")
     done = shell.at_step(process, "my (stopped), run", 5, [signal.SIGINT])

@@ -51,6 +51,7 @@ def resume_line(text: str) -> str:
     return line.removeprefix("resume: ")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("resume", ["auto", "never"])
 def test_the_printed_command_keeps_the_switches(shell: Any, words: list[str], resume: str) -> None:
     own = shell.folder / "own" / "schedule"
@@ -92,6 +93,7 @@ def test_a_folder_at_work_is_refused_before_anything_is_loaded(shell: Any, words
     assert (done.code, done.out, done.err) == (2, "", line)
 
 
+@pytest.mark.slow
 def test_an_unfinished_run_of_other_data_or_fewer_steps_is_refused_in_a_line(shell: Any, words: list[str]) -> None:
     with ctrl_c_at_the_second_step():
         assert shell.inside(*words, "out=unfinished").code == 130
@@ -119,6 +121,7 @@ def trunk(shell: Any, words: list[str]) -> Path:
     return Path(shell.folder / "trunk")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("resume", "step"), [("trunk", STEPS), ("trunk@2", 2), ("trunk/checkpoints/step-00000003", 3)])
 def test_a_run_begins_from_anothers_checkpoint(
     shell: Any, words: list[str], trunk: Path, resume: str, step: int
@@ -159,6 +162,7 @@ WRONG = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("resume", WRONG)
 def test_a_checkpoint_that_is_not_there(shell: Any, words: list[str], trunk: Path, resume: str) -> None:
     done = shell.inside(*words, f"checkpoint.resume={resume}", "out=nothing")
@@ -194,6 +198,7 @@ def test_a_damaged_one_is_refused_where_it_was_chosen_and_left_out_where_it_was_
     assert f"it is left out, step-{STEPS - 1:08d} is whole" in out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}"])
 def test_a_summary_that_cannot_be_read_is_one_line(
     shell: Any, words: list[str], trunk: Path, tmp_path: Path, content: str
@@ -207,6 +212,7 @@ def test_a_summary_that_cannot_be_read_is_one_line(
     assert (done.code, done.err) == (2, said)
 
 
+@pytest.mark.slow
 def test_another_base_is_refused(shell: Any, tmp_path: Path) -> None:
     """The folder's weights are exchanged under a run that was stopped."""
     from transformers import LlamaConfig, LlamaForCausalLM

@@ -29,12 +29,22 @@ def plan(*words: str, device: str = "cpu") -> Plan:
 @pytest.mark.parametrize(
     ("words", "device"),
     [
-        (("model=llama", "model.num_hidden_layers=5"), "h100"),
-        (("model=gemma2", "model.num_hidden_layers=7", "precision=bf16", "peft=full"), "cpu"),
-        (("model=qwen2", "model.num_hidden_layers=6", "peft=qlora", "memory.activation_checkpointing=full"), "t4"),
-        (("model=llama", "model.num_hidden_layers=6", "peft=last_layers"), "h100"),
-        (("model=llama", "model.num_hidden_layers=14", *OFFLOADED), "h100"),
-        (("model=qwen2", "model.num_hidden_layers=13", *OFFLOADED, "memory.activation_checkpointing=full"), "h100"),
+        pytest.param(("model=llama", "model.num_hidden_layers=5"), "h100", marks=pytest.mark.slow),
+        pytest.param(
+            ("model=gemma2", "model.num_hidden_layers=7", "precision=bf16", "peft=full"), "cpu", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            ("model=qwen2", "model.num_hidden_layers=6", "peft=qlora", "memory.activation_checkpointing=full"),
+            "t4",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(("model=llama", "model.num_hidden_layers=6", "peft=last_layers"), "h100", marks=pytest.mark.slow),
+        pytest.param(("model=llama", "model.num_hidden_layers=14", *OFFLOADED), "h100", marks=pytest.mark.slow),
+        pytest.param(
+            ("model=qwen2", "model.num_hidden_layers=13", *OFFLOADED, "memory.activation_checkpointing=full"),
+            "h100",
+            marks=pytest.mark.slow,
+        ),
         (("model=phi3", "model.num_hidden_layers=6", "train.gradient_accumulation_steps=3", "optimizer=sgd"), "l4"),
     ],
     ids=lambda value: value[0].partition("=")[2] if isinstance(value, tuple) else value,
@@ -50,6 +60,7 @@ def test_two_depths_say_what_the_whole_has(words: tuple[str, ...], device: str) 
         assert predicted.by_kind.get(kind, 0) == pytest.approx(size, abs=0.002 * traced.total)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
 def test_of_offloaded_activations_some_are_on_their_way(checkpointing: str) -> None:
     words = (
@@ -66,6 +77,7 @@ def test_of_offloaded_activations_some_are_on_their_way(checkpointing: str) -> N
         assert stay.total - moved.total == pytest.approx((14 - 6) * layer_input, abs=2 * layer_input)
 
 
+@pytest.mark.slow
 def test_some_rows_say_what_many_have(monkeypatch: pytest.MonkeyPatch) -> None:
     many = plan("model=llama", "model.num_hidden_layers=2", "train.batch_size=9", "data.max_seq_len=128")
     traced = Predictor(many, device_named("cpu")).peak()
@@ -146,6 +158,7 @@ def test_components_are_what_they_are_called() -> None:
     assert found["optimizer_state"] == pytest.approx(2 * adapters * 4, rel=0.001)
 
 
+@pytest.mark.slow
 def test_a_gpu_without_bfloat16_is_counted_in_fp32() -> None:
     bf16 = ("model=llama", "precision=bf16")
     assert alive(bf16, "t4")["frozen_weights"] == alive(("model=llama", "precision=fp32"), "t4")["frozen_weights"]
@@ -158,6 +171,7 @@ def test_paged_state_is_told_apart_on_a_gpu_alone() -> None:
     assert "paged_state" not in alive(words, "cpu")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "muon"])
 def test_an_offloaded_optimizer_takes_nothing_of_the_gpu(optimizer: str) -> None:
     words = ("model=llama", "peft=full", f"optimizer={optimizer}")

@@ -170,6 +170,7 @@ def assert_equal(found: Run, expected: Run) -> None:
     assert_bitwise(found.state.optimizer.state_dict(), expected.state.optimizer.state_dict())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "optimizer", "words"),
     [

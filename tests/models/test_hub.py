@@ -133,6 +133,7 @@ def test_what_follows_a_run_needs_no_hub(hub: HubServer, command: Command, data:
     assert hub.requests == []
 
 
+@pytest.mark.slow
 def test_download_takes_data_only_and_says_the_words(hub: HubServer, command: Command, tmp_path: Path) -> None:
     done = command("download", "org/tiny")
     assert done.code == 0, done.err

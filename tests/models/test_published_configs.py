@@ -137,6 +137,7 @@ def test_rules_know_what_the_model_knows(name: str, tmp_path: Path) -> None:
     assert (facts["num_key_value_heads"] or config.num_attention_heads) == config.num_key_value_heads
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["gemma_2b", "gemma_7b", "gemma2_2b", "qwen2_0_5b", "qwen2_1_5b", "qwen3_0_6b"])
 def test_an_adapter_on_a_tied_head_is_refused_by_name_and_by_folder(preset: str, tmp_path: Path) -> None:
     name = next(name for name, model in PUBLISHED.items() if model.preset == preset)

@@ -213,6 +213,7 @@ def made_by_peft(base: Any, folder: Path, *, r: int = 4, **settings: Any) -> Any
     return theirs
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*tie_word_embeddings=True.*")
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("settings", PEFT_METHODS.values(), ids=PEFT_METHODS)
@@ -251,6 +252,7 @@ def test_what_peft_saved_is_here_and_back_what_it_is_there(
     assert logits(tuner.load_model(tmp_path / "merged", dtype=torch.float32), tokens).equal(logits(plain, tokens))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*tie_word_embeddings=True.*")
 @pytest.mark.parametrize("family", ["mistral", "gemma", "gemma2", "qwen2", "qwen3"])
 def test_what_peft_saved_of_other_families(
@@ -271,6 +273,7 @@ def test_what_peft_saved_of_other_families(
     assert (logits(reference(tmp_path / "merged"), tokens) - expected).abs().max() <= FP32_LOGITS
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*tie_word_embeddings=True.*")
 @pytest.mark.parametrize("name", ["linear saved", "embedding saved", "everything"])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
@@ -403,6 +406,7 @@ def test_matrices_that_should_be_one_and_differ_are_refused(
 CONTINUED = ["rslora, both patterns", "linear saved", "both saved", "both saved as one", "everything"]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*tie_word_embeddings=True.*")
 @pytest.mark.parametrize("name", CONTINUED)
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])

@@ -213,6 +213,7 @@ def test_what_was_begun_is_taken_away(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_the_command(family_folder: Folder, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Relative paths with commas; then what is wrong as one line each, with exit code 2."""
     write_bin(family_folder("llama"), tmp_path / "a, b", 1)

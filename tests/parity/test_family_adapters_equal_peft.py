@@ -116,6 +116,7 @@ def test_our_adapter_loads_in_peft_and_back_here(
         assert mine.scale == pytest.approx(theirs_.scale, rel=1e-12)
 
 
+@pytest.mark.slow
 @families
 @pytest.mark.parametrize("rslora", [False, True])
 def test_an_adapter_of_peft_loads_here(

@@ -123,6 +123,7 @@ def test_weights_are_those_of_the_file_and_logits_are_transformers(
     assert (theirs - expected).abs().max() <= LOGITS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", OF_TRANSFORMERS)
 def test_quantized_files_are_what_transformers_reads(

@@ -128,6 +128,7 @@ def test_ours_loads_in_peft_and_back_here_and_merged_in_transformers(
     assert (logits(reference(merged_folder(ours, tmp_path))) - expected).abs().max() <= FP32_LOGITS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_in_bf16_it_is_pefts_to_the_rounding_of_bf16(
     method: str, family_folder: Folder, reference: Reference, tmp_path: Path
@@ -142,6 +143,7 @@ def test_in_bf16_it_is_pefts_to_the_rounding_of_bf16(
     assert (theirs - exact).norm() <= 0.05 * exact.norm()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_over_nf4_it_is_one_of_the_dense_weights_it_saw(
     method: str, family_folder: Folder, reference: Reference, tmp_path: Path
@@ -200,6 +202,7 @@ def configs(family: str) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning", "ignore:.*tie_word_embeddings=True.*")
 @families
 @pytest.mark.parametrize("kind", configs("llama"))

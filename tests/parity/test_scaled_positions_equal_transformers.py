@@ -44,6 +44,7 @@ def spell_as_in_version_4(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
+@pytest.mark.slow
 @scalings
 @pytest.mark.parametrize("version", [4, 5])
 def test_scaled_rotary_positions(

@@ -186,6 +186,7 @@ for peft in (PiSSA("pissa", *keys, None), PiSSA("pissa", *keys, 16), OLoRA("olor
 """
 
 
+@pytest.mark.slow
 def test_another_process_finds_the_same_bits() -> None:
     """Which a resumed run relies on."""
     found = [subprocess.check_output([sys.executable, "-c", DIGEST], text=True).split() for _ in range(2)]

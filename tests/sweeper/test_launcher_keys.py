@@ -59,6 +59,7 @@ def test_refused_before_anything_is_written(words: list[str], sentences: list[st
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_glob_is_an_axis_of_the_command(tmp_path: Path) -> None:
     """Shown by what a sweep refuses of its points, so that none is run."""
     with pytest.raises(TunerError) as caught:

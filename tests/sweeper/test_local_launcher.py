@@ -223,6 +223,7 @@ def test_jobs_share_the_gpus_out_and_never_one_at_the_same_time(
     assert (os.environ["CUDA_VISIBLE_DEVICES"], os.environ["OMP_NUM_THREADS"]) == (visible, "77")
 
 
+@pytest.mark.slow
 def test_without_gpus_jobs_see_none_and_no_more_run_at_once_than_asked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -284,6 +285,7 @@ def test_returns_are_in_the_order_of_the_jobs_whichever_ended_first(failing: dic
     assert [result.overrides for result in failing.values()] == [[f"job={kind}"] for kind in KINDS]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["slow", "fine", "last"])
 def test_one_job_s_failure_costs_the_others_nothing(kind: str, failing: dict[str, JobReturn]) -> None:
     assert failing[kind].return_value == f"done {kind}"
@@ -332,6 +334,7 @@ def test_the_log_holds_the_traceback(failing: dict[str, JobReturn]) -> None:
     assert "ValueError: no good: raises" in log_of(failing["raises"]).read_text()
 
 
+@pytest.mark.slow
 def test_a_return_value_that_cannot_be_read_back_costs_the_others_nothing(tmp_path: Path) -> None:
     def task(config: DictConfig) -> Any:
         class Unreadable:

@@ -99,6 +99,7 @@ def test_the_last_word_changes_fastest(
     assert points(of(*words)) == expected
 
 
+@pytest.mark.slow
 def test_a_glob_is_every_option_of_its_group_that_is_not_left_out(plan: Plan) -> None:
     trials = plan("model=tiny", "peft=glob(*,exclude=*full)", "seed=1,2")
     others = sorted(file.stem for file in (conf_dir() / "peft").glob("*.yaml") if file.stem != "full")
@@ -148,6 +149,7 @@ def test_the_words_of_a_preset_and_the_keys_it_sets_are_the_same_point(plan: Pla
     assert preset.id == keys.id
 
 
+@pytest.mark.slow
 def test_the_number_of_trials_is_the_product_of_the_distinct_choices(plan_values: Plan) -> None:
     """Grids drawn at random, with values named twice; ranks above 32 and warm-ups above the steps are illegal."""
     draw = random.Random(0)
@@ -195,6 +197,7 @@ def test_the_id_does_not_depend_on_the_order_of_the_words(plan: Plan) -> None:
     assert one.id == other.id
 
 
+@pytest.mark.slow
 def test_ids_are_the_same_in_every_process_and_folder(tmp_path: Path) -> None:
     points = [["model=tiny", "peft=qlora", "seed=1"], ["logger=many", "optimizer=sgd", "peft=full"]]
     script = (

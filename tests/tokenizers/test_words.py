@@ -61,6 +61,7 @@ def test_byte_level_tokenizers_have_words(folder_of: Callable[[str], Path]) -> N
     assert has == {kind: kind in WITH_WORDS for kind in KINDS}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", WITH_WORDS)
 def test_tokens_and_ends_are_those_of_the_whole_text(kind: str, folder_of: Callable[[str], Path]) -> None:
     tokenizer = _loaded(folder_of(kind))
@@ -74,6 +75,7 @@ def test_tokens_and_ends_are_those_of_the_whole_text(kind: str, folder_of: Calla
     assert tokenizer._words.encode(texts) == tokenizer._encode_whole(texts) != whole, "with tokens that were added"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", WITH_WORDS)
 def test_masks_are_those_of_the_whole_text(kind: str, folder_of: Callable[[str], Path]) -> None:
     by_words, by_texts = _loaded(folder_of(kind)), _loaded(folder_of(kind))

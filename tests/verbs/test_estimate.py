@@ -187,6 +187,7 @@ def test_a_run_with_auto_writes_down_what_it_came_to(tmp_path: Path) -> None:
     assert again.status == "finished"
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_where_its_memory_cannot_be_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = tuner.freeze(tuner.compose([*SMALL, "device=cpu"]))
     lines: list[str] = []

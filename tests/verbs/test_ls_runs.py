@@ -188,6 +188,7 @@ def full_config() -> str:
     return OmegaConf.to_yaml(tuner.freeze(tuner.compose(["model=tiny", "out=x"])), resolve=True)
 
 
+@pytest.mark.slow
 def test_five_hundred_folders_take_no_time_and_no_torch(tmp_path: Path) -> None:
     kinds: list[Callable[[Path], Path]] = [
         lambda out: make(out, "finished"),
