@@ -95,9 +95,9 @@ def _completed(
         for axis in luck.sample(sorted(axes), len(axes)):
             if axis in row:
                 continue
-            there = [conflict for conflict in conflicts if conflict.is_in(row)]
+            decided = [conflict for conflict in conflicts if axis in conflict.choices]  # of which the row has none yet
             tried = [row | {axis: choice} for choice in luck.sample(list(axes[axis]), len(axes[axis]))]
-            free = [one for one in tried if [conflict for conflict in conflicts if conflict.is_in(one)] == there]
+            free = [one for one in tried if not any(conflict.is_in(one) for conflict in decided)]
             clean = clean and bool(free)
             row = max(free or tried, key=lambda one: len(pairs(one) & missing))
         found = (clean, len(pairs(row) & missing), row)

@@ -151,6 +151,7 @@ def test_a_persons_error_while_training_is_one_line(runs: Runs, capsys: pytest.C
     assert capsys.readouterr() == ("", "error: no room\n")
 
 
+@pytest.mark.slow
 def test_an_error_before_anything_was_written_leaves_no_folder(runs: Runs, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     runs.then = fail(CheckpointError("no room"))
@@ -355,6 +356,7 @@ def test_the_shell_sees_the_exit_code_and_one_line() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_full_error_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     full = python("-m", "tuner", "seed=a")

@@ -32,6 +32,7 @@ def test_speed_is_tokens_over_seconds_and_the_recent_one_forgets() -> None:
     assert speed.mean == pytest.approx((1000 + 100 * RECENT_STEPS) / (1 + RECENT_STEPS))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux can reset the peak of a process")
 def test_a_second_run_in_one_process_has_its_own_peak() -> None:
     """In a process of its own: what other tests have left in this one may keep memory that was given back."""

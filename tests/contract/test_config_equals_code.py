@@ -28,8 +28,9 @@ GROUPS = {
     "checkpoint": "checkpoint",
     "logger": "logging",
 }
-MEMBERS = [(group, name) for group in GROUPS for name in options().get(group, {})]
-PRESETS = [(group, name) for group in ("experiment", "scale") for name in options()[group]]
+FOUND = options()
+MEMBERS = [(group, name) for group in GROUPS for name in FOUND.get(group, {})]
+PRESETS = [(group, name) for group in ("experiment", "scale") for name in FOUND[group]]
 """Options that compose others and name no class."""
 PLUGINS = {
     "hydra/launcher": {"local": "LocalLauncher", "slurm": "SlurmLauncher"},
@@ -48,13 +49,13 @@ def read(file: Path) -> dict[str, Any]:
 
 def named() -> list[tuple[str, str]]:
     """The members that name a class of ours; the others are presets over one that does."""
-    return [(g, n) for g, n in MEMBERS if "_target_" in read(options()[g][n]) and (g, n) not in FREE]
+    return [(g, n) for g, n in MEMBERS if "_target_" in read(FOUND[g][n]) and (g, n) not in FREE]
 
 
 def test_every_group_was_found() -> None:
-    assert set(options()) == {*GROUPS, *PLUGINS, "experiment", "scale"}
-    assert sum(map(len, options().values())) == len(FILES) - len(list(conf_dir().glob("verb/*"))) - 1
-    assert {group: set(options()[group]) for group in PLUGINS} == {group: set(PLUGINS[group]) for group in PLUGINS}
+    assert set(FOUND) == {*GROUPS, *PLUGINS, "experiment", "scale"}
+    assert sum(map(len, FOUND.values())) == len(FILES) - len(list(conf_dir().glob("verb/*"))) - 1
+    assert {group: set(FOUND[group]) for group in PLUGINS} == {group: set(PLUGINS[group]) for group in PLUGINS}
     assert len(MEMBERS) >= 30
     assert len(named()) >= 24
     assert set(GROUPS.values()) <= set(COMPONENTS)
@@ -63,7 +64,7 @@ def test_every_group_was_found() -> None:
 
 @pytest.mark.parametrize(("group", "name"), PRESETS, ids="/".join)
 def test_a_preset_of_a_run_composes_and_names_no_class(group: str, name: str) -> None:
-    file = options()[group][name]
+    file = FOUND[group][name]
     assert file == conf_dir() / group / f"{name}.yaml"
     text = file.read_text()
     assert text.startswith("# @package _global_\n# ")
@@ -74,13 +75,13 @@ def test_a_preset_of_a_run_composes_and_names_no_class(group: str, name: str) ->
 
 @pytest.mark.parametrize(("group", "name"), named(), ids="/".join)
 def test_names_the_class_in_the_module_of_its_stem(group: str, name: str) -> None:
-    target = read(options()[group][name])["_target_"]
+    target = read(FOUND[group][name])["_target_"]
     assert target.split(".")[:-1] == ["tuner", GROUPS[group], name]
 
 
 @pytest.mark.parametrize(("group", "name"), named(), ids="/".join)
 def test_keys_equal_the_signature_and_have_no_default_in_python(group: str, name: str) -> None:
-    content = read(options()[group][name])
+    content = read(FOUND[group][name])
     signature = signature_of(content["_target_"])
     run_time = {key for key, kind in signature.keys.items() if kind.run_time}
     composed = {"loggers"} if (group, name) == ("logger", "many") else set()  # by the defaults list
@@ -91,7 +92,7 @@ def test_keys_equal_the_signature_and_have_no_default_in_python(group: str, name
 
 @pytest.mark.parametrize(("group", "name"), [(g, n) for g, members in PLUGINS.items() for n in members], ids="/".join)
 def test_a_plugin_names_its_class_and_all_its_keys(group: str, name: str) -> None:
-    content = read(options()[group][name])
+    content = read(FOUND[group][name])
     assert content["_target_"] == f"hydra_plugins.tuner_sweeper.{PLUGINS[group][name]}"
     signature = signature_of(content["_target_"])
     assert content.keys() - {"_target_"} == signature.keys.keys()

@@ -94,6 +94,7 @@ def test_order_depends_on_seed_epoch_and_fingerprint() -> None:
     assert all(sorted(order) == list(range(50)) for order in orders)
 
 
+@pytest.mark.slow
 def test_order_depends_on_nothing_else() -> None:
     code = "from tuner.data.order import epoch_order; import torch; torch.rand(3); print(epoch_order(40, 3, 1, 'f'))"
     environment = {"PYTHONHASHSEED": "1", "PYTHONPATH": os.environ["PYTHONPATH"]}

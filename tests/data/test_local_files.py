@@ -190,6 +190,7 @@ def test_two_examples_are_enough(val_fraction: float, file: Path, tokenizer: Hug
 GOOD_CHAT, GOOD_TASK = json.dumps(CHATS[0]), json.dumps(TASKS[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("source", "content", "said"),
     [

@@ -201,6 +201,7 @@ def test_deleting_while_it_is_written_costs_time_alone(
     assert [path.suffix for path in cache.iterdir() if path.is_dir()] == [""]
 
 
+@pytest.mark.slow
 def test_what_a_killed_process_left_is_removed(file: Path, tokenizer: HuggingFaceTokenizer, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     load(file, tokenizer, cache=True, cache_dir=str(cache))

@@ -110,6 +110,7 @@ def test_order_and_content_do_not_depend_on_where_the_library_is(tmp_path: Path,
     assert copied == [example for example in examples if example.origin.split(":")[0] in files]
 
 
+@pytest.mark.slow
 def test_enough_pairs_of_one_line_each(examples: list[Example]) -> None:
     assert len(examples) > 4000
     assert len({example.key for example in examples}) > 4000

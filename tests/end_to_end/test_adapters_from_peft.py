@@ -21,6 +21,8 @@ from tuner.data.alpaca import Alpaca
 from tuner.tokenizers import load_tokenizer
 from tuner.tokenizers.tiny import write_tiny_tokenizer
 
+pytestmark = pytest.mark.slow
+
 STEPS = ["train.max_steps=3", "train.num_samples=0", "train.num_threads=1", "logger=none", "optimizer.lr=0.01"]
 LOSS = 1e-5  # of about 6: fp32 sums in another order
 
@@ -212,7 +214,6 @@ def test_an_adapter_on_the_head_of_a_tied_model_trains(shell: Any, base: Path, t
     assert theirs(shell.folder / "merged head") == pytest.approx(summary["val_loss"], abs=LOSS)
 
 
-@pytest.mark.slow
 def test_the_base_is_quantized_as_it_was_unless_the_words_say_otherwise(shell: Any, made: Path) -> None:
     first = trained(shell, "nf4", f"adapter={made}", "quantization=nf4", "quantization.block_size=32", "precision=bf16")
     assert first["trainable_dtype"] == "bfloat16+float32"  # the head and the norms are computed with as they are
@@ -224,7 +225,6 @@ def test_the_base_is_quantized_as_it_was_unless_the_words_say_otherwise(shell: A
     assert other["val_loss_before"] != further["val_loss_before"]
 
 
-@pytest.mark.slow
 def test_killed_and_continued_is_never_stopped(shell: Any, made: Path) -> None:
     words = [*shell.data, *STEPS[1:], "train.max_steps=50", "train.val_every_steps=null", f"adapter={made}"]
     assert shell.inside(*words, "out=whole").code == 0
@@ -272,7 +272,6 @@ FOLDERS: dict[str, tuple[Callable[[Path], None], str]] = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("command", [[], ["evaluate"]], ids=["run", "evaluate"])
 @pytest.mark.parametrize(("damage", "part"), FOLDERS.values(), ids=FOLDERS)
 def test_a_folder_that_cannot_be_loaded(

@@ -90,6 +90,7 @@ def assert_one_clear_line(shell: Any, done: Any, start: str, *parts: str) -> Non
     assert sorted(path.name for path in shell.folder.iterdir()) == ["sums.jsonl"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("words", "start", "part"), CASES, ids=[" ".join(words) for words, _, _ in CASES])
 def test_words(shell: Any, words: list[str], start: str, part: str) -> None:
     done = shell.inside("model=tiny", *shell.data, *QUICK, *words)
@@ -242,6 +243,7 @@ def test_datasets(shell: Any, tmp_path: Path, text: str, part: str) -> None:
     assert_one_clear_line(shell, done, part, "alpaca" if "usable" in part else str(file))
 
 
+@pytest.mark.slow
 def test_a_sample_longer_than_the_context_as_too_long_says(shell: Any, tmp_path: Path) -> None:
     file = tmp_path / "long.jsonl"
     rows = [

@@ -135,6 +135,7 @@ def test_activation_checkpointing_changes_no_bit(shell: Any) -> None:
     assert all(mine[name].equal(theirs[name]) for name in theirs)
 
 
+@pytest.mark.slow
 def test_accumulation_equals_the_large_batch(shell: Any) -> None:
     large, _ = trained(shell, "train.batch_size=8", "optimizer=sgd")
     small, _ = trained(shell, "train.batch_size=2", "train.gradient_accumulation_steps=4", "optimizer=sgd")

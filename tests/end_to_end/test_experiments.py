@@ -16,6 +16,8 @@ from safetensors import safe_open
 import tuner
 from tuner.verbs.ls import options
 
+pytestmark = pytest.mark.slow
+
 ATTENTION = ("q_proj", "v_proj", "output_proj")
 Q_K_V = ("q_proj", "k_proj", "v_proj")
 STORED = {"q_proj": "q_proj", "k_proj": "k_proj", "v_proj": "v_proj", "output_proj": "o_proj"}
@@ -94,7 +96,6 @@ OF_ANY_MODEL = {
 ALL = {**THE_FIFTEEN, **FULL, **OF_ANY_MODEL}
 
 SHORT = ["train.max_steps=2", "train.epochs=null", "schedule.warmup_steps=0", "train.num_samples=0", "logger=none"]
-QUICK = "gemma/2B_qlora_single_device"
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +108,6 @@ def test_every_experiment_is_here() -> None:
     assert set(options()["experiment"]) == set(ALL)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
 def test_it_composes_its_settings(name: str) -> None:
     recipe, cfg = ALL[name], tuner.compose([f"experiment={name}"])
@@ -130,7 +130,6 @@ def test_it_composes_its_settings(name: str) -> None:
         assert (cfg.peft.apply_lora_to_mlp, cfg.peft.apply_lora_to_output) == (True, recipe.output)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
 def test_validate_counts_its_published_size(name: str, shell: Any) -> None:
     done = shell.inside("validate", f"experiment={name}")
@@ -140,9 +139,7 @@ def test_validate_counts_its_published_size(name: str, shell: Any) -> None:
     assert (trainable == total) if ALL[name].method == "full" else (0 < trainable < total // 30)
 
 
-@pytest.mark.parametrize(
-    "name", [name if name == QUICK else pytest.param(name, marks=pytest.mark.slow) for name in ALL]
-)
+@pytest.mark.parametrize("name", ALL)
 def test_it_trains_on_its_model_made_small(name: str, shell: Any) -> None:
     out = f"trained/{name}"
     done = shell.inside(
@@ -189,7 +186,6 @@ def test_what_is_said_beside_it_wins(shell: Any) -> None:
     assert (cfg.model.num_hidden_layers, cfg.train.batch_size) == (40, 1)
 
 
-@pytest.mark.slow
 def test_a_sweep_goes_over_experiments(shell: Any) -> None:
     names = ["llama2/7B_qlora_single_device", "gemma/2B_lora_single_device", "phi3/mini_full_low_memory"]
     words = ["-m", f"experiment={','.join(names)}", "+scale=tiny", *SHORT, *shell.data, "hydra.sweep.dir=swept"]
@@ -200,7 +196,6 @@ def test_a_sweep_goes_over_experiments(shell: Any) -> None:
     assert {row["experiment"]: row["status"] for row in rows} == dict.fromkeys(names, "finished")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("dest", ["own/experiment/mine.yaml", "here/mine.yaml", "data/mine.yaml", "a b/it's.yaml"])
 def test_a_copy_runs_by_the_command_that_cp_prints(dest: str, shell: Any) -> None:
     done = shell.inside("cp", "llama2/7B_lora_single_device", dest)

@@ -153,6 +153,7 @@ def test_a_run_folder_whose_config_is_none_is_refused(shell: Any, foreign: Path,
     assert_refused(shell.inside("evaluate", f"run={foreign}"), foreign)
 
 
+@pytest.mark.slow
 def test_the_printed_commands_of_a_run_with_trust_repeat_it(
     shell: Any, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

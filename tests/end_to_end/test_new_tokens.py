@@ -21,6 +21,8 @@ from tuner.tokenizers import load_tokenizer
 from tuner.tokenizers.tiny import write_tiny_tokenizer
 from tuner.types import Sample
 
+pytestmark = pytest.mark.slow
+
 NEW = "model.add_tokens=['<|tool|>','<|/tool|>']"
 IDS = [343, 344]  # the tokenizer has 343 tokens and the model 344 rows: one is spare, one is added
 STEPS = ["train.max_steps=4", "train.num_samples=0", "train.num_threads=1", "logger=none", "optimizer.lr=0.01"]
@@ -129,7 +131,6 @@ def test_validate_counts_what_trained(shell: Any, base: Path, out: Path, summary
         assert done.out == f"total_params: {summary['total_params']}\ntrainable_params: {summary['trainable_params']}\n"
 
 
-@pytest.mark.slow
 def test_peft_loads_it_on_a_resized_base(out: Path, base: Path, data: list[str], summary: dict[str, Any]) -> None:
     from peft import AutoPeftModelForCausalLM, PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -150,7 +151,6 @@ def test_peft_loads_it_on_a_resized_base(out: Path, base: Path, data: list[str],
         assert found == pytest.approx(summary["val_loss"], abs=LOSS)
 
 
-@pytest.mark.slow
 def test_verbs_find_tokens_and_rows(
     shell: Any, out: Path, base: Path, data: list[str], summary: dict[str, Any]
 ) -> None:
@@ -183,7 +183,6 @@ def test_generate_writes_new_tokens_and_shows_them(shell: Any, out: Path, base: 
     assert expected.startswith("<|tool|>")  # every reply that it saw does
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("words", [[], ["quantization=nf4"]], ids=["dense", "nf4"])
 def test_a_merged_model_stands_alone(
     words: list[str], shell: Any, out: Path, data: list[str], base: Path, tmp_path: Path
@@ -202,7 +201,6 @@ def test_a_merged_model_stands_alone(
     )
 
 
-@pytest.mark.slow
 def test_a_run_goes_on_from_the_adapter(
     shell: Any, out: Path, data: list[str], summary: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -221,7 +219,6 @@ def test_a_run_goes_on_from_the_adapter(
     assert loss_of(shell.inside("evaluate", f"checkpoint={checkpoint}")) == expected
 
 
-@pytest.mark.slow
 def test_four_bits_and_bf16(shell: Any, base: Path, data: list[str], tmp_path: Path) -> None:
     words = ["peft=qlora", "precision=bf16", f"model.path={base}", NEW, *data]
     summary = trained(shell, tmp_path / "qlora", *words)
@@ -231,7 +228,6 @@ def test_four_bits_and_bf16(shell: Any, base: Path, data: list[str], tmp_path: P
     assert evaluated == pytest.approx(summary["val_loss"], abs=1e-6)
 
 
-@pytest.mark.slow
 def test_full_training_leaves_a_grown_model(shell: Any, base: Path, data: list[str], tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -258,7 +254,6 @@ def test_the_tiny_model_learns_tokens_too(shell: Any, data: list[str], tmp_path:
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["vocab_size"] == 345
 
 
-@pytest.mark.slow
 def test_killed_and_continued_is_never_stopped(
     shell: Any, out: Path, base: Path, data: list[str], tmp_path: Path
 ) -> None:

@@ -148,6 +148,7 @@ def test_a_run_that_would_leave_nothing_is_refused(shell: Any, words: list[str])
     assert not (shell.folder / "nothing").exists()
 
 
+@pytest.mark.slow
 def test_the_room_of_every_epoch_is_counted(shell: Any, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
 

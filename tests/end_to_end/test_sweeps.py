@@ -219,6 +219,7 @@ def test_a_key_that_only_some_points_have_makes_the_others_illegal(shell: Any) -
         assert all("no such key" in row["reason"] for row in rows[2:])
 
 
+@pytest.mark.slow
 def test_options_by_pattern(shell: Any) -> None:
     folder = shell.folder / "pattern"
     words = ["schedule=glob(co*)", "logger=none", f"hydra.sweep.dir={folder}"]

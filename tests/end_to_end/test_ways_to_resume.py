@@ -144,6 +144,7 @@ def test_a_run_begins_from_anothers_checkpoint(
     assert (done.code, said in " ".join(done.out.split())) == (0, True)
 
 
+@pytest.mark.slow
 def test_a_branch_that_was_stopped_goes_on_from_its_own_checkpoint(shell: Any, words: list[str], trunk: Path) -> None:
     branch = [*words, "checkpoint.resume=trunk@1", "out=stopped branch"]
     with ctrl_c_at_the_second_step():

@@ -165,6 +165,7 @@ def test_a_gpu_without_bfloat16_is_counted_in_fp32() -> None:
     assert alive(bf16, "l4")["frozen_weights"] < alive(bf16, "t4")["frozen_weights"]
 
 
+@pytest.mark.slow
 def test_paged_state_is_told_apart_on_a_gpu_alone() -> None:
     words = ("model=llama", "peft=full", "optimizer=paged_adamw8bit", "model.vocab_size=4096")
     assert alive(words, "h100")["paged_state"] > 0

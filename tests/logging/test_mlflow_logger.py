@@ -107,6 +107,7 @@ ALL_ARTIFACTS = {
 }
 
 
+@pytest.mark.slow
 def test_mlflow_holds_what_the_run_folder_holds(store: str, run_info: MakeInfo, mlflow_logger: MakeLogger) -> None:
     info = run_info()
     with warnings.catch_warnings():
@@ -321,6 +322,7 @@ def _bad_stores(tmp_path: Path, closed_port: int) -> dict[str, tuple[str, str]]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["closed port", "not a database", "not a folder", "not an address"])
 def test_a_store_that_is_away_is_said_once_and_replayed_afterwards(
     which: str,
@@ -365,6 +367,7 @@ def test_a_server_that_never_answers_does_not_hold_the_end_up(
         assert time.perf_counter() - began < 5
 
 
+@pytest.mark.slow
 def test_a_server_that_never_answers_is_noticed_while_training(
     run_info: MakeInfo, mlflow_logger: MakeLogger, mute_port: int
 ) -> None:

@@ -213,6 +213,7 @@ def test_every_optimizer_without_pages_is_among_them() -> None:
     assert {"adamw", "sgd", "adafactor", "muon", "adamw8bit", "lion8bit", "ademamix8bit"} <= set(OPTIMIZERS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("optimizer", "words"),
     [("adamw", {}), ("adamw8bit", {"accumulation": 2}), ("muon", {}), ("adamw", {"precision": "bf16_stochastic"})],

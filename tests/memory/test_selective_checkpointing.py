@@ -125,6 +125,7 @@ def counted(run: Run, key: Key) -> tuple[int, int]:
     return alive, counter.matmuls
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in RUNS if name not in ("packed", "qlora-some")])
 def test_it_takes_less_memory_than_none_and_less_time_than_full(name: str) -> None:
     """Of each of 7 linear layers in a layer, `full` does 1 product again, and of an adapter's 2 it does both."""

@@ -90,6 +90,7 @@ def with_peft(base: Any, adapter: Path) -> Any:
     return PeftModel.from_pretrained(base, adapter).eval()
 
 
+@pytest.mark.slow
 @families
 @methods
 def test_our_adapter_loads_in_peft_and_back_here(

@@ -64,6 +64,7 @@ def test_64_greedy_tokens_are_transformers(
     assert len(set(found)) > 3  # not one token over and over
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "shape"), SHAPES.values(), ids=SHAPES)
 def test_prompts_of_a_batch_are_answered_as_by_transformers(
     family: str, shape: dict[str, Any], family_folder: Folder, reference: Callable[..., Any]
@@ -177,6 +178,7 @@ def test_a_tiny_top_p_is_greedy(llama_folder: Folder) -> None:
     assert generate(model, PROMPT, max_new_tokens=20, end_ids=NEVER, temperature=3.0, top_p=1e-6, seed=3) == greedy
 
 
+@pytest.mark.slow
 def test_sampled_frequencies_are_the_distributions() -> None:
     """p = .5 .3 .15 .05: top_p=0.6 leaves the first two, as .625 and .375; temperature 2 takes square roots."""
     logits = torch.tensor([0.05, 0.5, 0.15, 0.3]).log()

@@ -102,6 +102,7 @@ def test_the_methods_are_found() -> None:
     assert set(METHODS) >= {"lora", "qlora", "rslora", "dora", "pissa", "olora", "ia3", "layernorm"}
 
 
+@pytest.mark.slow
 @families
 @pytest.mark.parametrize("method", METHODS)
 def test_ours_loads_in_peft_and_back_here_and_merged_in_transformers(
@@ -170,6 +171,9 @@ def test_over_nf4_it_is_one_of_the_dense_weights_it_saw(
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 STACKED = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
+PLAIN = ["dora", "pissa", "olora", "ia3", "layernorm"]
+KINDS = [*PLAIN, "dora, patterns, rslora, a module", "ia3, a pattern, a module", "layernorm, some"]
+"""The names of `configs`, which imports PEFT."""
 
 
 def configs(family: str) -> dict[str, Any]:
@@ -202,10 +206,14 @@ def configs(family: str) -> dict[str, Any]:
     }
 
 
+def test_every_kind_is_met() -> None:
+    assert set(KINDS) == set(configs("llama"))
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning", "ignore:.*tie_word_embeddings=True.*")
 @families
-@pytest.mark.parametrize("kind", configs("llama"))
+@pytest.mark.parametrize("kind", KINDS)
 def test_theirs_loads_here(kind: str, family: str, family_folder: Folder, reference: Reference, tmp_path: Path) -> None:
     from peft import get_peft_model
 
@@ -237,7 +245,7 @@ def stored_name(name: str) -> str:
     return name.replace(".default", "").removesuffix(".weight" if "magnitude" in name else "-")
 
 
-@pytest.mark.parametrize("kind", [name for name in configs("llama") if "," not in name])
+@pytest.mark.parametrize("kind", PLAIN)
 def test_both_train_alike(kind: str, family_folder: Folder, reference: Reference, tmp_path: Path) -> None:
     """From one adapter: the same loss and, for each tensor, the same gradient."""
     from peft import PeftModel, get_peft_model

@@ -212,6 +212,7 @@ assert torch.equal(torch.mm(a, a), (a.float() @ a.float()).bfloat16())
 """
 
 
+@pytest.mark.slow
 def test_it_says_nothing() -> None:
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=False, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -21,6 +21,7 @@ def run(code: str, *folders: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True, timeout=120)
 
 
+@pytest.mark.slow
 def test_a_fresh_process_hears_nothing_and_everything_is_put_back(tmp_path: Path) -> None:
     """Even where `kernels` is installed (here one that talks), from which bitsandbytes would fetch code."""
     (tmp_path / "kernels.py").write_text("print('kernels was imported')")
@@ -41,6 +42,7 @@ def test_a_fresh_process_hears_nothing_and_everything_is_put_back(tmp_path: Path
     assert result.stderr == ""
 
 
+@pytest.mark.slow
 def test_importing_the_components_imports_no_bitsandbytes() -> None:
     result = run(
         "import sys, tuner.quantization.nf4, tuner.optimizers.paged_adamw8bit, tuner.optimizers.custom\n"

@@ -45,6 +45,7 @@ XFAIL = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "sentences"), [*(pytest.param(*row, id=" ".join(row[0])) for row in REFUSED), *XFAIL]
 )

@@ -34,7 +34,7 @@ from sweeper.launchers.local import LocalLauncher
 from tuner.config import available_cpus
 from tuner.errors import ConfigError
 
-pytestmark = pytest.mark.usefixtures("hydra_restore_singletons")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("hydra_restore_singletons")]
 
 Task = Callable[[DictConfig], Any]
 QUIET = "defaults:\n- override hydra/hydra_logging: none\n- override hydra/job_logging: none\n- _self_\njob: null\n"
@@ -195,12 +195,11 @@ def recording(folder: Path) -> Task:
     return record
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("visible", "gpus", "number", "sets"),
     [
         ("0,1,2,3", 1, 8, {"0", "1", "2", "3"}),
-        pytest.param("0,1,2,3", 2, 3, {"0,1", "2,3"}, marks=pytest.mark.slow),
+        ("0,1,2,3", 2, 3, {"0,1", "2,3"}),
         ("GPU-1a,GPU-2b", None, 3, {"GPU-1a", "GPU-2b"}),
     ],
 )
@@ -223,7 +222,6 @@ def test_jobs_share_the_gpus_out_and_never_one_at_the_same_time(
     assert (os.environ["CUDA_VISIBLE_DEVICES"], os.environ["OMP_NUM_THREADS"]) == (visible, "77")
 
 
-@pytest.mark.slow
 def test_without_gpus_jobs_see_none_and_no_more_run_at_once_than_asked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -280,12 +278,10 @@ def failing(tmp_path_factory: pytest.TempPathFactory) -> dict[str, JobReturn]:
     return dict(zip(KINDS, returns, strict=True))
 
 
-@pytest.mark.slow
 def test_returns_are_in_the_order_of_the_jobs_whichever_ended_first(failing: dict[str, JobReturn]) -> None:
     assert [result.overrides for result in failing.values()] == [[f"job={kind}"] for kind in KINDS]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["slow", "fine", "last"])
 def test_one_job_s_failure_costs_the_others_nothing(kind: str, failing: dict[str, JobReturn]) -> None:
     assert failing[kind].return_value == f"done {kind}"
@@ -334,7 +330,6 @@ def test_the_log_holds_the_traceback(failing: dict[str, JobReturn]) -> None:
     assert "ValueError: no good: raises" in log_of(failing["raises"]).read_text()
 
 
-@pytest.mark.slow
 def test_a_return_value_that_cannot_be_read_back_costs_the_others_nothing(tmp_path: Path) -> None:
     def task(config: DictConfig) -> Any:
         class Unreadable:
@@ -348,7 +343,6 @@ def test_a_return_value_that_cannot_be_read_back_costs_the_others_nothing(tmp_pa
     assert "no number" in said(returns[0])
 
 
-@pytest.mark.slow
 def test_a_job_never_returns_what_a_former_one_left(tmp_path: Path) -> None:
     """Process numbers begin anew in every container; here in every call of unshare."""
     unshare = ["unshare", "--map-root-user", "--pid", "--fork", "--mount-proc"]
@@ -458,7 +452,6 @@ def test_ctrl_c_lets_jobs_save_and_starts_no_other(
     assert sorted(file.name for file in tmp_path.glob("pid-*")) == ["pid-0"]
 
 
-@pytest.mark.slow
 def test_a_job_that_does_not_listen_is_killed_after_a_while(
     interrupted: Callable[[LocalLauncher, Task], tuple[int, float]], tmp_path: Path
 ) -> None:
@@ -508,7 +501,6 @@ def over_time(tmp_path_factory: pytest.TempPathFactory) -> dict[str, JobReturn]:
     return dict(zip(kinds, returns, strict=True))
 
 
-@pytest.mark.slow
 def test_a_job_over_its_time_ends_and_the_others_go_on(over_time: dict[str, JobReturn]) -> None:
     assert "timed-out" in said(over_time["told"])
     assert "killed" in said(over_time["deaf"])
@@ -518,6 +510,5 @@ def test_a_job_over_its_time_ends_and_the_others_go_on(over_time: dict[str, JobR
     assert over_time["short"].return_value == "done"
 
 
-@pytest.mark.slow
 def test_a_job_that_was_killed_at_its_time_limit_says_so(over_time: dict[str, JobReturn]) -> None:
     assert "hydra.launcher.time_min" in said(over_time["deaf"])

@@ -262,6 +262,7 @@ def test_wrong_values_of_all_points_are_raised_together_and_once_each(plan_value
     ]
 
 
+@pytest.mark.slow
 def test_what_is_wrong_with_every_value_is_said_once(plan: Plan, plan_values: Plan) -> None:
     (rank,) = refused(plan, "model=tiny", "peft.lora_rnk=4,8", "seed=1,2")
     assert rank.startswith("peft.lora_rnk=4,8: no such key; did you mean lora_rank")
@@ -319,6 +320,7 @@ def test_adapters_to_start_from_are_an_axis(plan: Plan, adapters: tuple[Path, Pa
     assert again.id == others[0].id
 
 
+@pytest.mark.slow
 def test_a_key_that_an_adapter_brings_makes_its_points_illegal(plan: Plan, adapters: tuple[Path, Path]) -> None:
     words = ["model=tiny", f"adapter=null,{adapters[0]}", "peft.lora_rank=2,4"]
     trials = plan(*words)
