@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import tuner
 from tuner.errors import ConfigError, Interrupted, RunBusy, TunerError
-from tuner.runs import reached, tail, write_summary
+from tuner.runs import reached, tail, trust_words, write_summary
 from tuner.types import Summary
 
 CONFIG = "config.yaml"
@@ -53,11 +53,8 @@ def clear(out: Path) -> None:
 
 def command(out: Path) -> str:
     """What runs this trial alone, in a terminal; code from elsewhere has to be trusted there, not by the folder."""
-    words = ["python", "-m", "sweeper", "trial", str(out)]
     frozen = yaml.safe_load((out / CONFIG).read_text(encoding="utf-8")) if (out / CONFIG).exists() else {}
-    if trusted := frozen.get("trust_targets"):
-        words.append(f"trust_targets=[{','.join(trusted)}]")
-    return shlex.join(words)
+    return shlex.join(["python", "-m", "sweeper", "trial", str(out), *trust_words(frozen)])
 
 
 def run_submitted(config: DictConfig) -> float | None:

@@ -361,8 +361,11 @@ def _adapter(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("_adapter")
 @pytest.mark.parametrize(("name", "words", "sentence"), RULE_ROWS, ids=[row[0] for row in RULE_ROWS])
 def test_rule(name: str, words: list[str], sentence: str) -> None:
-    assert [rule.name for rule, _ in broken_rules(facts_of(plain(compose(words))))] == [name]
-    (problem,) = problems(words)
+    config = compose(words)
+    assert [rule.name for rule, _ in broken_rules(facts_of(plain(config)))] == [name]
+    with pytest.raises(ConfigError) as caught:
+        check(config)
+    (problem,) = caught.value.problems
     assert sentence in problem
 
 

@@ -102,10 +102,17 @@ def export_command(out: Path, config: Mapping[str, Any]) -> dict[str, str]:
 
 def _run(out: Path, config: Mapping[str, Any]) -> str:
     """The words that name a run to a verb."""
-    words = [f"run={out}"]
-    if trusted := config["trust_targets"]:  # a run folder gives itself no trust
-        words.append(f"trust_targets=[{','.join(trusted)}]")
-    return shlex.join(words)
+    return shlex.join([f"run={out}", *trust_words(config)])
+
+
+def trust_words(config: Mapping[str, Any]) -> list[str]:
+    """What a command over a run's folder says again, since a folder gives itself no trust; [] where nothing is trusted.
+
+    Args:
+        config: of the run, as it was frozen.
+    """
+    trusted = config.get("trust_targets")
+    return [f"trust_targets=[{','.join(trusted)}]"] if trusted else []
 
 
 def resume_command(out: Path, config: Mapping[str, Any], overrides: Sequence[str] | None) -> str:
