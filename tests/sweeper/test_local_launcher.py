@@ -398,9 +398,8 @@ def waiting_job(folder: Path, hears: bool) -> Task:
 @pytest.fixture
 def interrupted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Callable[[LocalLauncher, Task], tuple[int, float]]]:
+) -> Iterator[Callable[[LocalLauncher, Task, float], tuple[int, float]]]:
     """Launches three jobs one after another, presses Ctrl-C in the first; the process of that and the seconds taken."""
-    monkeypatch.setattr(local, "PATIENCE_S", 3.0)
     first = tmp_path / "pid-0"
 
     def ctrl_c() -> None:
@@ -412,7 +411,8 @@ def interrupted(
 
     pressed: list[float] = []
 
-    def run(launcher: LocalLauncher, task: Task) -> tuple[int, float]:
+    def run(launcher: LocalLauncher, task: Task, patience_s: float) -> tuple[int, float]:
+        monkeypatch.setattr(local, "PATIENCE_S", patience_s)
         thread = threading.Thread(target=ctrl_c)
         thread.start()
         with pytest.raises(KeyboardInterrupt):
@@ -420,7 +420,7 @@ def interrupted(
         seconds = time.monotonic() - pressed[0]
         thread.join()
         pid = int(first.read_text())
-        for _ in range(30):  # submitit's controller takes a second to kill
+        for _ in range(200):  # submitit's controller takes a second to kill
             if not alive(pid):
                 break
             time.sleep(0.05)
@@ -431,45 +431,39 @@ def interrupted(
         os.kill(pid, signal.SIGKILL)
 
 
-@pytest.mark.parametrize(
-    "visible",
-    [
-        "0",
-        pytest.param("GPU-1a"),
-    ],
-)
+@pytest.mark.parametrize("visible", ["0", "GPU-1a"])
 def test_ctrl_c_lets_jobs_save_and_starts_no_other(
     visible: str,
-    interrupted: Callable[[LocalLauncher, Task], tuple[int, float]],
+    interrupted: Callable[[LocalLauncher, Task, float], tuple[int, float]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    pid, seconds = interrupted(LocalLauncher(1, None, None), waiting_job(tmp_path, hears=True))
+    pid, seconds = interrupted(LocalLauncher(1, None, None), waiting_job(tmp_path, hears=True), 30.0)
     assert (tmp_path / "saved").exists()
     assert not alive(pid)
-    assert seconds < 3.0, "it does not wait for longer than the job takes"
+    assert seconds < 20.0, "it does not wait for longer than the job takes"
     assert sorted(file.name for file in tmp_path.glob("pid-*")) == ["pid-0"]
 
 
 def test_a_job_that_does_not_listen_is_killed_after_a_while(
-    interrupted: Callable[[LocalLauncher, Task], tuple[int, float]], tmp_path: Path
+    interrupted: Callable[[LocalLauncher, Task, float], tuple[int, float]], tmp_path: Path
 ) -> None:
-    pid, seconds = interrupted(LocalLauncher(1, 0, None), waiting_job(tmp_path, hears=False))
+    pid, seconds = interrupted(LocalLauncher(1, 0, None), waiting_job(tmp_path, hears=False), 3.0)
     assert not alive(pid)
-    assert 3.0 <= seconds < 7.0
+    assert 3.0 <= seconds < 20.0
 
 
 def test_a_job_without_handlers_of_its_own_ends_at_ctrl_c(
-    interrupted: Callable[[LocalLauncher, Task], tuple[int, float]], tmp_path: Path
+    interrupted: Callable[[LocalLauncher, Task, float], tuple[int, float]], tmp_path: Path
 ) -> None:
     def wait(config: DictConfig) -> None:
         (tmp_path / f"pid-{config.job}").write_text(str(os.getpid()))
         time.sleep(60)
 
-    pid, seconds = interrupted(LocalLauncher(1, 0, None), wait)
+    pid, seconds = interrupted(LocalLauncher(1, 0, None), wait, 30.0)
     assert not alive(pid)
-    assert seconds < 3.0
+    assert seconds < 20.0
 
 
 @pytest.fixture(scope="module")
