@@ -83,7 +83,7 @@ OTHERS = [
 SHAPE = ["model=tiny", "model.hidden_size=128", "model.intermediate_size=192"]
 NUMBERS = [f"train.max_steps={STEPS}", "train.val_every_steps=5", "train.num_samples=0", "train.num_threads=1"]
 LARGE = 36
-"""A sample of the second of two batches of four rows in the sixth step."""
+"""A sample of the sixth step where two batches of four rows are one, and of the fifth where they are streamed."""
 OFTEN = ["checkpoint.every_steps=2", "checkpoint.keep_last=2", "checkpoint.keep_best=1", "logger=none"]
 
 
@@ -239,14 +239,16 @@ def test_killed_and_started_again_it_ends_bit_for_bit_the_same(
     assert (torch.uint8 in large) is ("8bit" in one[1])
 
 
+@pytest.mark.parametrize(("source", "whole_steps"), [("unpacked", 5), ("streaming", 4)])
 def test_killed_about_a_halving_of_its_batches_it_ends_bit_for_bit_the_same(
-    zygote: Zygote, data: list[str], tmp_path: Path
+    source: str, whole_steps: int, zygote: Zygote, data: list[str], tmp_path: Path
 ) -> None:
     """Memory runs out within a window, after dropout has drawn; that batches are halved is in the checkpoints."""
     words = [*SHAPE, *data, *CHOICES["method"]["lora"], *NUMBERS, *OFTEN, f"data.cache_dir={tmp_path / 'cache'}"]
-    words += ["train.batch_size=4", "train.gradient_accumulation_steps=2", "train.on_oom=retry"]
+    words += [*CHOICES["data"][source], "train.batch_size=4", "train.gradient_accumulation_steps=2"]
+    words += ["train.on_oom=retry"]
     state = killed_and_whole(words, zygote, tmp_path, large=LARGE)
     rows = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
     at_once = [row.get("memory/rows_at_once") for row in rows if "train/loss" in row]
-    assert at_once == [None] * 5 + [2] * (STEPS - 5)
+    assert at_once == [None] * whole_steps + [2] * (STEPS - whole_steps)
     assert state["rows"] == {"train_rows": 2, "val_rows": None}
