@@ -255,7 +255,8 @@ def in_mlflow(shell: Any, run: str) -> tuple[str, str, dict[str, str]]:
     """Id, status and tags."""
     from mlflow import MlflowClient
 
-    from tuner.logging.mlflow_run import MlflowRecord, silent
+    from tuner.logging.mlflow_run import MlflowRecord
+    from tuner.logging.mlflow_store import silent
 
     record = MlflowRecord.read(shell.folder / run)
     assert record is not None

@@ -138,7 +138,7 @@ def test_metrics_have_one_line_a_step(shell: Any, job: Any) -> None:
 def test_mlflow_has_the_run(shell: Any, summary: dict[str, Any]) -> None:
     from mlflow import MlflowClient
 
-    from tuner.logging.mlflow_run import silent
+    from tuner.logging.mlflow_store import silent
 
     with silent():
         client = MlflowClient(f"sqlite:///{shell.folder / 'mlflow.db'}")
@@ -203,7 +203,7 @@ def test_a_run_without_a_logger_comes_into_mlflow_by_sync(shell: Any, job: Any) 
 
     from mlflow import MlflowClient
 
-    from tuner.logging.mlflow_run import silent
+    from tuner.logging.mlflow_store import silent
 
     with silent():
         client = MlflowClient(f"sqlite:///{shell.folder / 'mlflow.db'}")

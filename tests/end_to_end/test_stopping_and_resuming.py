@@ -53,7 +53,7 @@ def assert_equal_runs(shell: Any, run: str, whole: str) -> None:
 def mlflow_status(shell: Any, run: str) -> str:
     from mlflow import MlflowClient
 
-    from tuner.logging.mlflow_run import silent
+    from tuner.logging.mlflow_store import silent
 
     with silent():
         found = MlflowClient(f"sqlite:///{shell.folder / 'mlflow.db'}").get_run(summary(shell, run)["mlflow_run_id"])

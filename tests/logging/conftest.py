@@ -12,7 +12,7 @@ import pytest
 from mlflow import MlflowClient
 
 from tuner.logging.mlflow import MLflowLogger
-from tuner.logging.mlflow_run import silent
+from tuner.logging.mlflow_store import silent
 from tuner.types import RunInfo
 
 

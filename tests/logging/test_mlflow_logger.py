@@ -30,7 +30,8 @@ from tuner.errors import TunerError
 from tuner.logging.disk import DiskLogger, Generation, read_metrics
 from tuner.logging.heartbeat import HEARTBEAT, Beat
 from tuner.logging.mlflow import MLflowLogger
-from tuner.logging.mlflow_run import MlflowRecord, params_of, sanitise, silent
+from tuner.logging.mlflow_run import MlflowRecord, params_of, sanitise
+from tuner.logging.mlflow_store import silent
 from tuner.logging.process import machine_id, process_start
 from tuner.types import RunInfo, Summary
 from tuner.verbs.sync import sync

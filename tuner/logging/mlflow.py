@@ -13,7 +13,8 @@ from typing import Any, ClassVar
 
 from tuner.logging.background import BackgroundLogger
 from tuner.logging.disk import CONFIG, ENVIRONMENT, OVERRIDES, Row
-from tuner.logging.mlflow_run import MlflowRecord, MlflowRun, silent, without_password
+from tuner.logging.mlflow_run import MlflowRecord, MlflowRun
+from tuner.logging.mlflow_store import silent, without_password
 from tuner.types import NonNegativeFloat, PositiveFloat, RunInfo
 
 

@@ -8,25 +8,20 @@ store holds already are left out, so a resumed run and a replay continue what is
 from __future__ import annotations
 
 import json
-import logging
 import math
-import os
 import posixpath
 import re
-import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tuner.logging.disk import SUMMARY, Row, json_text, write_json
 from tuner.logging.flat import flatten, numbers
-
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
+from tuner.logging.mlflow_store import open_store, patient, without_password
 
 RECORD = "mlflow.json"
 STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED", "killed": "KILLED"}
@@ -35,16 +30,11 @@ _PARAMS_A_BATCH = 100
 _METRICS_A_BATCH = 1000
 _MAX_KEY_CHARACTERS = 250
 _MAX_DIGEST_CHARACTERS = 36
-_MIGRATION_S = 300.0
-"""How long to wait for another process that is creating the store (its migrations take seconds, more on a network)."""
-
 _LABELS = ("logger.run_name", "logger.tags", "logger.parent_run_id")
 """Keys that name the run in MLflow; as params they would be the first ones in which the trials of a sweep differ."""
 
 _MEASURED = ("perf/", "memory/")
 """Metrics that come out otherwise where a step is trained again, after a crash: the first value of a step stays."""
-
-_CHATTY = ("mlflow", "alembic", "sqlalchemy.engine", "urllib3.connectionpool")
 
 
 @dataclass(frozen=True)
@@ -232,12 +222,8 @@ class MlflowRun:
     def _history(self, key: str) -> set[tuple[int, float | None]]:
         return {_point(point.step, point.value) for point in self.client.get_metric_history(self.run_id, key)}
 
-    def _patient(self) -> Any:
-        return _environment(
-            MLFLOW_HTTP_REQUEST_TIMEOUT=str(max(1, math.ceil(self._timeout_s))),
-            MLFLOW_HTTP_REQUEST_MAX_RETRIES="0",
-            MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT="true",
-        )
+    def _patient(self) -> AbstractContextManager[None]:
+        return patient(self._timeout_s)
 
 
 def params_of(config: Mapping[str, Any]) -> dict[str, str]:
@@ -267,102 +253,6 @@ def sanitise(key: str) -> str:
     return ("_" + path if path.startswith(".") else path)[:_MAX_KEY_CHARACTERS]
 
 
-@contextmanager
-def silent() -> Iterator[None]:
-    """Keep what MLflow and the libraries under it log off the terminal; every failure reaches us as an exception."""
-    with _environment(MLFLOW_DISABLE_TELEMETRY="true"):  # fine-tuning a model calls nobody; a user's own setting wins
-        import mlflow  # noqa: F401  # sets the handlers that are silenced here
-
-    loggers = [logging.getLogger(name) for name in _CHATTY]
-    places: list[logging.Filterer] = [*loggers, *(handler for logger in loggers for handler in logger.handlers)]
-    for place in places:
-        place.addFilter(_nothing)
-    try:
-        yield
-    finally:
-        for place in places:
-            place.removeFilter(_nothing)
-
-
-def store_errors() -> tuple[type[Exception], ...]:
-    """What a store that cannot be used raises (errors of `requests` and of the file lock are `OSError`s)."""
-    from mlflow.exceptions import MlflowException
-    from sqlalchemy.exc import SQLAlchemyError
-
-    return MlflowException, SQLAlchemyError, sqlite3.Error, OSError
-
-
-def sqlite_file(tracking_uri: str) -> Path | None:
-    """The file of a `sqlite:///` address; null for any other store, and for one in memory."""
-    found = re.fullmatch(r"sqlite:///([^?]+)(\?.*)?", tracking_uri)
-    return Path(found[1]) if found and found[1] != ":memory:" else None
-
-
-def without_password(tracking_uri: str) -> str:
-    """The address as it may be shown: user and password of `scheme://user:password@host` starred out."""
-    return re.sub(r"(?<=://)[^/@\s]+@", "***@", tracking_uri)
-
-
-def open_store(tracking_uri: str, experiment: str, timeout_s: float) -> tuple[MlflowClient, str]:
-    """A client of the store and the id of the experiment; both are made if they are not there.
-
-    A fresh SQLite store that several processes open at once crashes some of them in its migrations, so the file is
-    opened under a lock next to it. Its artifacts lie next to it as well, not in the folder a process happens to be in.
-    """
-    from filelock import FileLock
-    from mlflow import MlflowClient
-
-    file = sqlite_file(tracking_uri)
-    location = None
-    if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        Path(f"{file}.lock").touch()  # fails at once where the lock would try for minutes
-        location = (file.resolve().parent / "mlartifacts" / re.sub(r"[^\w\-.]", "_", experiment)).as_uri()
-    with nullcontext() if file is None else FileLock(f"{file}.lock", timeout=_MIGRATION_S):
-        if file is not None:
-            _check_writable(file, timeout_s)
-        client = MlflowClient(tracking_uri)
-        return client, _experiment_id(client, experiment, location)
-
-
-def _check_writable(file: Path, timeout_s: float) -> None:
-    """Fail at once and with SQLite's own words; MLflow would try a bad file ten times over a minute and a half."""
-    connection = sqlite3.connect(file, timeout=timeout_s)
-    try:
-        connection.execute("BEGIN IMMEDIATE")
-        connection.rollback()
-    finally:
-        connection.close()
-
-
-def _experiment_id(client: MlflowClient, name: str, location: str | None) -> str:
-    from mlflow.exceptions import MlflowException
-
-    found = client.get_experiment_by_name(name)
-    if found is not None:
-        return str(found.experiment_id)
-    try:
-        return str(client.create_experiment(name, artifact_location=location))
-    except MlflowException:
-        found = client.get_experiment_by_name(name)  # another run may have made it in between
-        if found is None:
-            raise
-        return str(found.experiment_id)
-
-
-@contextmanager
-def _environment(**values: str) -> Iterator[None]:
-    """Set variables for as long as the block lasts, except where the user has set them: MLflow reads its limits from
-    the environment only."""
-    mine = {name: value for name, value in values.items() if name not in os.environ}
-    os.environ.update(mine)
-    try:
-        yield
-    finally:
-        for name in mine:
-            os.environ.pop(name, None)
-
-
 def _point(step: int, value: float) -> tuple[int, float | None]:
     """A metric's identity in the store, where infinities are the largest doubles and NaN is not equal to itself."""
     largest = 1.7976931348623157e308
@@ -381,7 +271,3 @@ def _batches(items: Sequence[Any], size: int) -> Iterator[list[Any]]:
     rest = iter(items)
     while batch := list(islice(rest, size)):
         yield batch
-
-
-def _nothing(record: logging.LogRecord) -> bool:
-    return False

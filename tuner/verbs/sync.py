@@ -16,7 +16,8 @@ from tuner.errors import TunerError
 from tuner.logging.background import root_cause
 from tuner.logging.disk import CONFIG, ENVIRONMENT, OVERRIDES, SAMPLES, SUMMARY, Row, read_metrics
 from tuner.logging.mlflow import MLflowLogger, default_tracking_uri
-from tuner.logging.mlflow_run import STATUS, MlflowRecord, MlflowRun, silent, store_errors, without_password
+from tuner.logging.mlflow_run import STATUS, MlflowRecord, MlflowRun
+from tuner.logging.mlflow_store import silent, store_errors, without_password
 from tuner.runs import RunState, state_of
 
 KEPT = (CONFIG, OVERRIDES, ENVIRONMENT, SAMPLES, "adapter")
